@@ -1,0 +1,88 @@
+"""bayestie: how much should these parameters be shared?
+
+Declare a tie between copies of a parameter in any Pyro model, sweep the prior strength from hard
+sharing (sigma = 0) to none (sigma = inf) in one batched computation, and read the answer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> module that holds it. Loaded on first use (PEP 562), so that `import bayestie` costs
+# nothing and only plots and reports pay for matplotlib.
+_HOMES = {
+    "Tie": "._ties",
+    "TiedNormal": "._tied_normal",
+    "TieReparam": "._tied_normal",
+    "tied": "._tied_normal",
+    "fit": "._sweep",
+    "sweep": "._sweep",
+    "strengths": "._sweep",
+    "save": "._results",
+    "load": "._results",
+    "select": "._results",
+    "evidence": "._evidence",
+    "strength_posterior": "._strength",
+    "average": "._strength",
+    "hard_vs_soft": "._strength",
+    "compare": "._predict",
+    "pooling": "._pooling",
+    "tension": "._pooling",
+    "verdict": "._verdict",
+    "report": "._report",
+}
+_MODULES = {"errors": "._errors", "plots": ".plots"}
+
+__all__ = [
+    "Tie",
+    "TieReparam",
+    "TiedNormal",
+    "average",
+    "compare",
+    "errors",
+    "evidence",
+    "fit",
+    "hard_vs_soft",
+    "load",
+    "plots",
+    "pooling",
+    "report",
+    "save",
+    "select",
+    "strength_posterior",
+    "strengths",
+    "sweep",
+    "tension",
+    "tied",
+    "verdict",
+]
+
+if TYPE_CHECKING:
+    from . import _errors as errors
+    from . import plots
+    from ._evidence import evidence
+    from ._pooling import pooling, tension
+    from ._predict import compare
+    from ._report import report
+    from ._results import load, save, select
+    from ._strength import average, hard_vs_soft, strength_posterior
+    from ._sweep import fit, strengths, sweep
+    from ._tied_normal import TiedNormal, TieReparam, tied
+    from ._ties import Tie
+    from ._verdict import verdict
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        value = import_module(_MODULES[name], __name__)
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
