@@ -131,6 +131,9 @@ def _plain(values: Any) -> np.ndarray:
     if array.dtype == object:
         # Labels of mixed type have no place in a file; as text they still read the same.
         array = np.array([str(item) for item in array.ravel()], dtype=str).reshape(array.shape)
+    if array.dtype.kind == "M":
+        # One unit for all times, wide enough for any calendar year, so that files read back the same.
+        array = array.astype("datetime64[us]")
     return array
 
 
@@ -231,6 +234,6 @@ def _match(name: str, value: float, points: np.ndarray) -> int:
     raise NameLookupError(
         f"select({name}=)",
         found=f"{value:g}",
-        expected="one of " + ", ".join(f"{point:.6g}" for point in points),
+        expected="one of " + ", ".join(f"{point:.8g}" for point in points),
         fix="Take one of these, or sweep again with that strength in the grid.",
     )

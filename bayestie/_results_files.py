@@ -23,6 +23,11 @@ SCHEMA = "bayestie_schema"
 _NETCDF_SUFFIXES = (".nc", ".nc4", ".netcdf")
 _ZARR_SUFFIXES = (".zarr",)
 _MANIFEST = "bayestie_manifest"
+# Times and durations are labels like any other and must come back as they went.
+_DECODING: dict[str, Any] = {
+    "decode_times": xr.coders.CFDatetimeCoder(time_unit="us"),
+    "decode_timedelta": xr.coders.CFTimedeltaCoder(),
+}
 
 
 def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
@@ -93,8 +98,7 @@ def load(path: str | os.PathLike[str]) -> xr.DataTree:
         )
     engine = "zarr" if path.is_dir() else "h5netcdf"
     try:
-        # decode_timedelta: durations are labels like any other and must come back as they went.
-        with xr.open_datatree(path, engine=engine, decode_timedelta=True, **_zarr_options(engine)) as opened:
+        with xr.open_datatree(path, engine=engine, **_DECODING, **_zarr_options(engine)) as opened:
             tree = opened.load().copy()
     except Exception as error:
         # Every layer below (xarray, h5py, zarr, zlib) reports damage with types of its own.
@@ -123,9 +127,6 @@ def _arrays(tree: xr.DataTree) -> Iterator[tuple[str, str, xr.Variable]]:
 
 
 def _checksum(values: np.ndarray) -> int:
-    if values.dtype.kind == "M":
-        # Files keep times in their own unit; compare the instants, not the bits.
-        values = values.astype("datetime64[us]")
     if values.dtype.kind == "U":
         return zlib.crc32("\0".join(values.ravel().tolist()).encode())
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8))

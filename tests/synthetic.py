@@ -211,21 +211,16 @@ def _measure(tree, strengths):
 
 
 @functools.cache
-def _eight_schools(form, free, num_draws, seed):
+def _eight_schools(strengths, form, num_draws, seed):
     return normal_means_tree(
-        EFFECT,
-        STDERR,
-        strengths=(*STRENGTHS, math.inf) if free else STRENGTHS,
-        form=form,
-        labels=SCHOOLS,
-        num_draws=num_draws,
-        seed=seed,
+        EFFECT, STDERR, strengths=strengths, form=form, labels=SCHOOLS, num_draws=num_draws, seed=seed
     )
 
 
 def eight_schools_tree(*, form="level", free=False, num_draws=250, seed=0):
     """Eight schools with base N(0, 5) at strengths 0, 0.1 .. 30 (and inf, if `free`, form matched only)."""
-    return _eight_schools(form, free, num_draws, seed).copy(deep=True)
+    strengths = (*STRENGTHS, math.inf) if free else STRENGTHS
+    return _eight_schools(strengths, form, num_draws, seed).copy(deep=True)
 
 
 def spoil(tree, sigma, **sweep_values):
@@ -241,9 +236,9 @@ def spoil(tree, sigma, **sweep_values):
     return tree
 
 
-def fit_tree(sigma=5.0, **options):
+def fit_tree(sigma=5.0, *, form="level", num_draws=250, seed=0):
     """The tree of a fit at one strength: no swept dimension."""
-    tree = select(eight_schools_tree(**options), sigma=sigma)
+    tree = select(_eight_schools((sigma,), form, num_draws, seed), sigma=sigma)
     del tree.attrs["selected"]
     tree.attrs["ties"] = json.dumps(
         {name: {**record, "sigma_from": None} for name, record in json.loads(tree.attrs["ties"]).items()}
