@@ -19,6 +19,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayestie import __version__
+from bayestie._cli.arguments import (
+    Chains,
+    Data,
+    Debug,
+    Device,
+    Dims,
+    Draws,
+    Engine,
+    Free,
+    Hard,
+    Model,
+    Out,
+    Over,
+    Quiet,
+    ReportTo,
+    Results,
+    Seed,
+    Set,
+    TargetEss,
+)
 from bayestie._errors import BayestieError, OutputError, ResultsFileError
 
 if TYPE_CHECKING:
@@ -45,76 +65,6 @@ app = typer.Typer(
     context_settings={"default_map": {"help": False}},
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="The model: path/to/file.py:function or dotted.module:function."),
-]
-Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="A result: .nc file or .zarr folder.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|FUNCTION",
-        help="Columns by argument name: .csv, .json, .npz or file.py:function. Default: the model's data().",
-        rich_help_panel="Model",
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="Another keyword of the model.", rich_help_panel="Model"
-    ),
-]
-Dims = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SITE=NAME,...", help="Names of a site's dimensions, for labels.", rich_help_panel="Model"
-    ),
-]
-Over = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME=VALUES",
-        help="Keyword to sweep: sigma=0.1:30:16 (log-spaced) or sigma=0,1,5,inf. Several give a grid.",
-        rich_help_panel="Strengths",
-    ),
-]
-Hard = Annotated[
-    bool, typer.Option("--hard", help="Add 0, one shared parameter.", rich_help_panel="Strengths")
-]
-Free = Annotated[bool, typer.Option("--free", help="Add infinity, no sharing.", rich_help_panel="Strengths")]
-Engine = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="auto, laplace, nuts, svi, pyro_nuts or pyro_svi.", rich_help_panel="Inference"
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Same seed, same draws.", rich_help_panel="Inference")]
-Chains = Annotated[int, typer.Option(min=1, help="Chains per strength.", rich_help_panel="Inference")]
-Draws = Annotated[
-    int | None,
-    typer.Option(min=4, help="Draws kept per chain; default: enough.", rich_help_panel="Inference"),
-]
-TargetEss = Annotated[
-    int, typer.Option("--target-ess", min=1, help="Effective draws to reach.", rich_help_panel="Inference")
-]
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:0.", rich_help_panel="Inference")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the result to .nc or .zarr.", rich_help_panel="Output"),
-]
-ReportTo = Annotated[
-    Path | None,
-    typer.Option("--report", metavar="FILE", help="Write the HTML report.", rich_help_panel="Output"),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel="Output")
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")
-]
-
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Named errors become one block on stderr and an exit code; --debug lets them through."""
@@ -129,7 +79,7 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BayestieError as error:
             if debug:
                 raise
-            from bayestie._cli_output import error_block
+            from bayestie._cli.errors import error_block
 
             _console(stderr=True).print(error_block(error))
             bad_file = isinstance(error, OutputError | ResultsFileError)
@@ -191,7 +141,7 @@ def sweep(
 
     Interrupted (Ctrl-C) with --out, it leaves the strengths already finished in that file.
     """
-    from bayestie._cli_input import parse_over
+    from bayestie._cli.options import parse_over
 
     strengths = parse_over(over, hard=hard, free=free)
     job = _Job(model, data, set_ or [], dims or [], strengths, out, report, quiet)
@@ -230,7 +180,7 @@ def show(
 ) -> None:
     """Print the answer of a saved result, and a table of its strengths."""
     import bayestie as bt
-    from bayestie._cli_input import parse_points
+    from bayestie._cli.options import parse_points
 
     tree = bt.load(results)
     _show(tree, parse_points(at or []))
@@ -265,7 +215,9 @@ class _Job:
 
     def run(self, inference: dict[str, Any]) -> None:
         import bayestie as bt
-        from bayestie._cli_input import load_function, match_arguments, parse_dims, parse_set, read_data
+        from bayestie._cli.data import match_arguments, read_data
+        from bayestie._cli.loading import load_function
+        from bayestie._cli.options import parse_dims, parse_set
 
         for place in filter(None, (self.out, self.report)):
             _check_place(place)
@@ -325,7 +277,7 @@ def _check_place(path: Path) -> None:
 
 def _show(tree: xr.DataTree, at: list[dict[str, float]]) -> None:
     import bayestie as bt
-    from bayestie._cli_output import overview
+    from bayestie._cli.view import overview
     from bayestie._results import swept_names
 
     words = str(bt.verdict(tree)) if swept_names(tree) else None
@@ -333,7 +285,7 @@ def _show(tree: xr.DataTree, at: list[dict[str, float]]) -> None:
 
 
 def _leave(tree: xr.DataTree) -> None:
-    from bayestie._cli_output import num_uncertified
+    from bayestie._cli.view import num_uncertified
 
     if num_uncertified(tree):
         raise typer.Exit(EXIT_NOT_CERTIFIED)
@@ -361,7 +313,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
     if quiet or not console.is_terminal:
         yield None
         return
-    from bayestie._cli_output import ProgressBars
+    from bayestie._cli.progress import ProgressBars
 
     with ProgressBars(console) as bars:
         yield bars

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, the table of strengths, parameters, errors."""
+"""What the command line shows: the answer, the table of strengths, parameters."""
 
 from __future__ import annotations
 
@@ -11,79 +11,16 @@ import arviz_stats as azs
 import numpy as np
 import rich.box
 import xarray as xr
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from bayestie._errors import BayestieError
 from bayestie._results import select, swept_names
 
 MAX_PARAMETERS = 40
 # Vehtari et al. (2021): R-hat below 1.01; Vehtari et al. (2024): Pareto khat below 0.7.
 MAX_RHAT, MAX_KHAT = 1.01, 0.7
-
-
-class ProgressBars:
-    """Bars for strengths and draws; a `progress` callable for `fit` and `sweep`, used as a context."""
-
-    def __init__(self, console: Console, unit: str = "strengths"):
-        self._bars = Progress(
-            TextColumn("{task.description}", style="bold"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left[/]"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._certified = self._bars.add_task(unit, total=None, count="")
-        self._draws = self._bars.add_task("draws", total=None, count="", visible=False)
-
-    def __enter__(self) -> ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        total, done = event.get("strengths_total") or 0, event.get("strengths_done") or 0
-        stage = event.get("stage") or ""
-        message = event.get("message") or ""
-        certified = event.get("certified") or 0
-        self._bars.update(
-            self._certified,
-            description=" ".join(filter(None, (stage, message))) or "strengths",
-            total=total or None,
-            completed=done,
-            count=f"{done}/{total} strengths, {certified} certified" if total else "",
-        )
-        draws, draws_total, ess = (
-            event.get("draws_done") or 0,
-            event.get("draws_total") or 0,
-            event.get("min_ess"),
-        )
-        self._bars.update(
-            self._draws,
-            visible=bool(draws_total),
-            total=draws_total or None,
-            completed=draws,
-            count=f"{draws:,}/{draws_total:,} draws" + (f", least ESS {ess:,.0f}" if ess is not None else ""),
-        )
-
-
-def error_block(error: BayestieError) -> RenderableType:
-    """What was found, what was expected, what to do: one panel."""
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="bold red", no_wrap=True)
-    lines.add_column(overflow="fold")
-    lines.add_row("found", Text(error.found))
-    lines.add_row("expected", Text(error.expected))
-    lines.add_row("do", Text(error.fix))
-    return Panel(lines, title=Text(error.what, style="bold red"), title_align="left", border_style="red")
 
 
 def strengths_table(tree: xr.DataTree) -> Table:
