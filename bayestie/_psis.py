@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-# Doubles held at once by the generalised Pareto fit, (rows, tail, candidates): 32 MB.
-_FIT_BUDGET = 4_000_000
+# Doubles in one piece of work, rows x max(draws, tail x candidates): small enough for the cache.
+_BUDGET = 500_000
 # Spread of log weights below which they are equal but for rounding.
 _EQUAL = 1e-9
 _PRIOR_SCALE = 3
@@ -40,21 +40,11 @@ def psis(log_weights: Tensor, r_eff: float = 1.0) -> tuple[Tensor, Tensor]:
     log_weights = log_weights.to(torch.float64)
     num_draws = log_weights.shape[-1]
     num_tail = _tail_length(num_draws, r_eff)
-    rows = log_weights.reshape(-1, num_draws)
-    broken = (rows.isnan() | (rows == math.inf)).any(-1)
-    rows = torch.where(rows.isfinite(), rows, -math.inf)
-    top = rows.amax(-1, keepdim=True)
-    empty = top[..., 0] == -math.inf
-    rows = torch.where(empty[:, None], 0.0, rows - top)
-    equal = (rows.amin(-1) > -_EQUAL) & ~broken & ~empty
-    khat = torch.where(equal, -math.inf, math.inf).to(rows)
-    if num_tail >= 5:
-        fit = (~equal & ~broken & ~empty).nonzero()[:, 0]
-        step = max(1, _FIT_BUDGET // (num_tail * _num_candidates(num_tail)))
-        for part in fit.split(step):
-            rows[part], khat[part] = _smooth(rows[part], num_tail)
-    rows = rows - torch.logsumexp(rows, -1, keepdim=True)
-    return rows.reshape(log_weights.shape), khat.reshape(log_weights.shape[:-1])
+    per_row = max(num_draws, num_tail * _num_candidates(num_tail))
+    parts = log_weights.reshape(-1, num_draws).split(max(1, _BUDGET // per_row))
+    smoothed, khat = zip(*(_rows(part, num_tail) for part in parts), strict=True)
+    batch_shape = log_weights.shape[:-1]
+    return torch.cat(smoothed).reshape(log_weights.shape), torch.cat(khat).reshape(batch_shape)
 
 
 def good_k(num_draws: int) -> float:
@@ -76,6 +66,23 @@ def _tail_length(num_draws: int, r_eff: float) -> int:
 
 def _num_candidates(num_tail: int) -> int:
     return 30 + int(math.sqrt(num_tail))
+
+
+def _rows(rows: Tensor, num_tail: int) -> tuple[Tensor, Tensor]:
+    """Raw log weights (N, S) -> smoothed and normalised (N, S), khat (N,)."""
+    top, bottom = rows.amax(-1), rows.amin(-1)
+    broken = ~top.isfinite() | bottom.isnan()
+    equal = (top - bottom < _EQUAL) & ~broken
+    if broken.any():
+        rows = torch.where(rows.isfinite(), rows, -math.inf)
+        top = rows.amax(-1)
+    empty = top == -math.inf
+    rows = torch.where(empty[:, None], 0.0, rows - top[:, None]) if empty.any() else rows - top[:, None]
+    khat = torch.where(equal, -math.inf, math.inf).to(rows)
+    fit = ~equal & ~broken
+    if num_tail >= 5 and fit.any():
+        rows[fit], khat[fit] = _smooth(rows[fit], num_tail)
+    return rows - torch.logsumexp(rows, -1, keepdim=True), khat
 
 
 def _smooth(rows: Tensor, num_tail: int) -> tuple[Tensor, Tensor]:
