@@ -348,3 +348,7 @@ def _root(
 def main() -> None:
     """Entry point of the `bayestie` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()
