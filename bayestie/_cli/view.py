@@ -90,7 +90,7 @@ def reasons(tree: xr.DataTree) -> list[Text]:
 
 
 def num_uncertified(tree: xr.DataTree) -> int:
-    return int((~tree["sweep"]["certified"].values.astype(bool)).sum())
+    return int((~tree["sweep"]["certified"].to_numpy().astype(bool)).sum())
 
 
 def parameter_table(tree: xr.DataTree, at: Mapping[str, float] | None = None) -> Table:
