@@ -48,5 +48,6 @@ def data():
         "district": torch.tensor([index[code] for code in table["district"]]),
         "num_districts": len(codes),
         "coords": {"district": codes, "woman": table["woman"].astype(int).to_list()},
-        "dims": {"intercept": ["district"]},
+        "dims": {"intercept": ["district"]}
+        | {name: ["woman"] for name in ("use", "age", "urban", "district")},
     }

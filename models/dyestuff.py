@@ -57,7 +57,7 @@ def data(name="Dyestuff"):
         "grams": torch.tensor(grams, dtype=torch.float64),
         **scales[name],
         "coords": {"batch": batches},
-        "dims": {"batch_yield": ["batch"]},
+        "dims": {"batch_yield": ["batch"], "grams": ["batch", "replicate"]},
     }
 
 

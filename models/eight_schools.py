@@ -34,5 +34,5 @@ def data():
         "effect": torch.tensor([28, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64),
         "stderr": torch.tensor([15, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64),
         "coords": {"school": list("ABCDEFGH")},
-        "dims": {"theta": ["school"]},
+        "dims": {"theta": ["school"], "effect": ["school"], "stderr": ["school"]},
     }

@@ -80,5 +80,5 @@ def data():
         "expected": torch.tensor(EXPECTED, dtype=torch.float64),
         "outdoor": torch.tensor(OUTDOOR, dtype=torch.float64),
         "coords": {"district": DISTRICTS},
-        "dims": {"theta": ["district"]},
+        "dims": {name: ["district"] for name in ("theta", "cases", "expected", "outdoor")},
     }

@@ -45,5 +45,5 @@ def data():
     return {
         "flow": torch.tensor(table["value"].to_list(), dtype=torch.float64),
         "coords": {"year": table["time"].to_list()},
-        "dims": {"mean_flow": ["year"]},
+        "dims": {"mean_flow": ["year"], "flow": ["year"]},
     }

@@ -68,13 +68,12 @@ def test_runs_under_validation_with_labels_that_fit(name, sigma):
     trace = _trace(model, _arguments(data), sigma=sigma)
     assert torch.isfinite(torch.as_tensor(trace.log_prob_sum()))
     sizes = {f.name: f.size for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())}
-    for site, dims in data["dims"].items():
-        shape = trace.nodes[site]["value"].shape
-        assert [len(data["coords"][dim]) for dim in dims] == list(shape)
     for dim, labels in data["coords"].items():
-        assert len(set(labels)) == len(labels)
-        if dim in sizes:
-            assert sizes[dim] == len(labels)
+        assert len(set(labels)) == len(labels) == sizes.get(dim, len(labels))
+    sizes |= {dim: len(labels) for dim, labels in data["coords"].items()}
+    for name, dims in data["dims"].items():
+        value = data[name] if name in data else trace.nodes[name]["value"]
+        assert [sizes[dim] for dim in dims] == list(value.shape)
 
 
 @pytest.mark.parametrize("name", MODELS)
