@@ -15,5 +15,5 @@ def error_block(error: BayestieError) -> RenderableType:
     lines.add_column(overflow="fold")
     lines.add_row("found", Text(error.found))
     lines.add_row("expected", Text(error.expected))
-    lines.add_row("do", Text(error.fix))
+    lines.add_row("fix", Text(error.fix))
     return Panel(lines, title=Text(error.what, style="bold red"), title_align="left", border_style="red")

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import bayestie as bt
 from bayestie._errors import OptionError
-from bayestie._sweep import strengths
 
 
 def parse_over(options: Sequence[str], *, hard: bool, free: bool) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def parse_over(options: Sequence[str], *, hard: bool, free: bool) -> dict[str, A
             )
         if ":" in values:
             low, high, num = _range(option, values)
-            over[name] = strengths(low, high, num, hard=hard, free=free)
+            over[name] = bt.strengths(low, high, num, hard=hard, free=free)
         else:
             points = {_number("--over", option, part) for part in values.split(",")}
             points |= ({0.0} if hard else set()) | ({math.inf} if free else set())

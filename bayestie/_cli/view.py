@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import arviz_stats as azs
-import numpy as np
 import rich.box
 import xarray as xr
 from rich.console import Group, RenderableType
@@ -16,52 +14,60 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bayestie._results import select, swept_names
+from bayestie._results import select, swept_names, tie_records
 
 MAX_PARAMETERS = 40
-# Vehtari et al. (2021): R-hat below 1.01; Vehtari et al. (2024): Pareto khat below 0.7.
-MAX_RHAT, MAX_KHAT = 1.01, 0.7
+# Vehtari et al. (2021): R-hat below 1.01 and ESS above 400; Vehtari et al. (2024): Pareto khat below 0.7.
+MAX_RHAT, MIN_ESS, MAX_KHAT = 1.01, 400, 0.7
+
+
+def _table(**options: Any) -> Table:
+    return Table(
+        box=rich.box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold", **options
+    )
 
 
 def strengths_table(tree: xr.DataTree) -> Table:
-    """A row per swept point: what drew it, whether to trust it, and its scores."""
-    sweep = tree["sweep"].to_dataset()
+    """A row per swept point: what drew it, whether to trust it, and its scores. Fits 80 columns."""
     names = swept_names(tree)
-    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold")
+    table = _table()
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for title in ("ok", "log evidence", "elpd (LOO)", "khat", "R-hat", "ESS bulk", "ESS tail", "div."):
-        table.add_column(title, justify="right", no_wrap=title == "ok")
-    points = sweep.stack(point=names) if names else sweep.expand_dims("point")
-    for i in range(points.sizes["point"]):
-        row = points.isel(point=i)
+    for title in ("ok", "log evidence", "elpd (LOO)", "khat", "R-hat", "ESS", "div."):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in _points(tree):
         table.add_row(*(f"{float(row[name]):.4g}" for name in names), *_strength_cells(row))
     return table
+
+
+def _points(tree: xr.DataTree) -> Iterator[xr.Dataset]:
+    sweep = tree["sweep"].to_dataset()
+    names = swept_names(tree)
+    points = sweep.stack(point=names) if names else sweep.expand_dims("point")
+    return (points.isel(point=i) for i in range(points.sizes["point"]))
 
 
 def _strength_cells(row: xr.Dataset) -> list[Text]:
     def number(name: str) -> float:
         return float(row[name].item()) if name in row else math.nan
 
-    certified = bool(row["certified"].item())
-    khat, divergences = number("khat"), number("divergences")
-    sampled = divergences > 0 or "nuts" in str(row["engine"].item())
+    engine, certified = str(row["engine"].item()), bool(row["certified"].item())
+    khat, rhat, divergences = number("khat"), number("max_rhat"), number("divergences")
+    ess = min(number("min_ess_bulk"), number("min_ess_tail"))
     return [
-        Text(str(row["engine"].item())),
+        Text(engine),
         Text("yes", style="green") if certified else Text("NO", style="bold red"),
         Text(_with_error(number("log_evidence"), number("log_evidence_error"))),
         Text(_with_error(number("elpd"), number("elpd_se"))),
-        Text("exact") if khat == -math.inf else _judged(khat, "{:.2f}", khat > MAX_KHAT and not sampled),
-        _judged(number("max_rhat"), "{:.3f}", number("max_rhat") > MAX_RHAT),
-        _judged(number("min_ess_bulk"), "{:.0f}", not certified and number("min_ess_bulk") < _target(row)),
-        _judged(number("min_ess_tail"), "{:.0f}", not certified and number("min_ess_tail") < _target(row)),
+        # Draws of NUTS owe nothing to the Laplace approximation that khat is about.
+        Text("exact")
+        if khat == -math.inf
+        else _judged(khat, "{:.2f}", khat > MAX_KHAT and "nuts" not in engine),
+        _judged(rhat, "{:.3f}", rhat > MAX_RHAT),
+        _judged(ess, "{:.0f}", ess < MIN_ESS),
         _judged(divergences, "{:.0f}", divergences > 0),
     ]
-
-
-def _target(row: xr.Dataset) -> float:
-    return float(row.attrs.get("target_ess", 400))
 
 
 def _judged(value: float, form: str, bad: bool) -> Text:
@@ -77,14 +83,10 @@ def _with_error(value: float, error: float) -> str:
 
 def reasons(tree: xr.DataTree) -> list[Text]:
     """A line per point that is not certified: why."""
-    sweep = tree["sweep"].to_dataset()
-    names = swept_names(tree)
-    points = sweep.stack(point=names) if names else sweep.expand_dims("point")
     lines = []
-    for i in range(points.sizes["point"]):
-        row = points.isel(point=i)
+    for row in _points(tree):
         if not bool(row["certified"].item()):
-            at = ", ".join(f"{name}={float(row[name]):.4g}" for name in names) or "this fit"
+            at = ", ".join(f"{name}={float(row[name]):.4g}" for name in swept_names(tree)) or "this fit"
             lines.append(Text.assemble((f"{at}: not certified", "bold red"), f" - {row['reason'].item()}"))
     return lines
 
@@ -94,29 +96,31 @@ def num_uncertified(tree: xr.DataTree) -> int:
 
 
 def parameter_table(tree: xr.DataTree, at: Mapping[str, float] | None = None) -> Table:
-    """Mean, sd, interval and diagnostics of each parameter at one strength."""
+    """Mean, sd, 90% interval and diagnostics of each parameter at one strength. Fits 80 columns."""
     one = select(tree, **at) if at else tree
-    hidden = {name for name in one["posterior"].data_vars if str(name).endswith("_z")}
-    shown = [str(name) for name in one["posterior"].data_vars if name not in hidden]
-    summary = azs.summary(one, var_names=shown, round_to="none")
+    idle = {f"{site}_z" for site in tie_records(tree)}
+    shown = [str(name) for name in one["posterior"].data_vars if name not in idle]
+    summary = azs.summary(one, var_names=shown, ci_prob=0.9, ci_kind="eti", round_to="none")
     title = ", ".join(f"{name} = {value:g}" for name, value in (at or {}).items())
-    table = Table(
-        box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", title=title or None
-    )
-    table.add_column("parameter", overflow="fold")
-    for column in summary.columns:
-        table.add_column(str(column), justify="right", no_wrap=True)
-    for label, row in list(summary.iterrows())[:MAX_PARAMETERS]:
-        table.add_row(Text(str(label)), *(_plain_number(value) for value in row))
+    table = _table(title=title or None)
+    table.add_column("parameter", overflow="fold", min_width=16)
+    for column in ("mean", "sd", "5%", "95%", "ESS bulk", "ESS tail", "R-hat"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows: dict[str, dict[str, float]] = summary.to_dict("index")
+    for label, row in list(rows.items())[:MAX_PARAMETERS]:
+        # Three digits of the sd say all that the draws know about the other numbers.
+        digits = max(0, 2 - math.floor(math.log10(row["sd"]))) if row["sd"] > 0 else 4
+        numbers = [row[name] for name in ("mean", "sd", "eti90_lb", "eti90_ub")]
+        table.add_row(
+            Text(str(label)),
+            *(f"{number:.{digits}f}" for number in numbers),
+            _judged(row["ess_bulk"], "{:.0f}", row["ess_bulk"] < MIN_ESS),
+            _judged(row["ess_tail"], "{:.0f}", row["ess_tail"] < MIN_ESS),
+            _judged(row["r_hat"], "{:.3f}", row["r_hat"] > MAX_RHAT),
+        )
     if len(summary) > MAX_PARAMETERS:
         table.caption = f"{len(summary) - MAX_PARAMETERS} more parameters are in the file."
     return table
-
-
-def _plain_number(value: Any) -> str:
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def provenance(tree: xr.DataTree) -> Text:
@@ -141,8 +145,8 @@ def overview(tree: xr.DataTree, words: str | None, at: Sequence[Mapping[str, flo
     blocks: list[RenderableType] = []
     if words:
         blocks.append(Panel(Text(words), title="[bold]answer[/]", title_align="left", border_style="cyan"))
-    blocks += [strengths_table(tree), *reasons(tree)]
-    if not json.loads(tree.attrs.get("swept", "[]")):
+    blocks.append(Group(strengths_table(tree), *reasons(tree)))
+    if not swept_names(tree):
         blocks.append(parameter_table(tree))
     blocks += [parameter_table(tree, point) for point in at]
-    return Group(*blocks, provenance(tree))
+    return Group(*(part for block in [*blocks, provenance(tree)] for part in (block, Text())))
