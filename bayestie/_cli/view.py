@@ -100,14 +100,13 @@ def parameter_table(tree: xr.DataTree, at: Mapping[str, float] | None = None) ->
     one = select(tree, **at) if at else tree
     idle = {f"{site}_z" for site in tie_records(tree)}
     shown = [str(name) for name in one["posterior"].data_vars if name not in idle]
-    summary = azs.summary(one, var_names=shown, ci_prob=0.9, ci_kind="eti", round_to="none")
+    summary: Any = azs.summary(one, var_names=shown, ci_prob=0.9, ci_kind="eti", round_to="none")
     title = ", ".join(f"{name} = {value:g}" for name, value in (at or {}).items())
     table = _table(title=title or None)
     table.add_column("parameter", overflow="fold", min_width=16)
     for column in ("mean", "sd", "5%", "95%", "ESS bulk", "ESS tail", "R-hat"):
         table.add_column(column, justify="right", no_wrap=True)
-    rows: dict[str, dict[str, float]] = summary.to_dict("index")
-    for label, row in list(rows.items())[:MAX_PARAMETERS]:
+    for label, row in summary.head(MAX_PARAMETERS).iterrows():
         # Three digits of the sd say all that the draws know about the other numbers.
         digits = max(0, 2 - math.floor(math.log10(row["sd"]))) if row["sd"] > 0 else 4
         numbers = [row[name] for name in ("mean", "sd", "eti90_lb", "eti90_ub")]
