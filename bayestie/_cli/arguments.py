@@ -39,23 +39,34 @@ Over = Annotated[
     ),
 ]
 Hard = Annotated[
-    bool, typer.Option("--hard", help="Add 0, one shared parameter.", rich_help_panel="Strengths")
+    bool, typer.Option("--hard", metavar="", help="Add 0, one shared parameter.", rich_help_panel="Strengths")
 ]
-Free = Annotated[bool, typer.Option("--free", help="Add infinity, no sharing.", rich_help_panel="Strengths")]
+Free = Annotated[
+    bool, typer.Option("--free", metavar="", help="Add infinity, no sharing (forms copies and matched).", rich_help_panel="Strengths")
+]
 Engine = Annotated[
     str,
     typer.Option(
         metavar="NAME", help="auto, laplace, nuts, svi, pyro_nuts or pyro_svi.", rich_help_panel="Inference"
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same draws.", rich_help_panel="Inference")]
-Chains = Annotated[int, typer.Option(min=1, help="Chains per strength.", rich_help_panel="Inference")]
+Seed = Annotated[
+    int, typer.Option(metavar="NUMBER", help="Same seed, same draws.", rich_help_panel="Inference")
+]
+Chains = Annotated[
+    int, typer.Option(min=1, metavar="NUMBER", help="Chains per strength.", rich_help_panel="Inference")
+]
 Draws = Annotated[
     int | None,
-    typer.Option(min=4, help="Draws kept per chain; default: enough.", rich_help_panel="Inference"),
+    typer.Option(
+        min=4, metavar="NUMBER", help="Draws kept per chain; default: enough.", rich_help_panel="Inference"
+    ),
 ]
 TargetEss = Annotated[
-    int, typer.Option("--target-ess", min=1, help="Effective draws to reach.", rich_help_panel="Inference")
+    int,
+    typer.Option(
+        "--target-ess", min=1, metavar="NUMBER", help="Effective draws to reach.", rich_help_panel="Inference"
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:0.", rich_help_panel="Inference")
@@ -69,8 +80,10 @@ ReportTo = Annotated[
     typer.Option("--report", metavar="FILE", help="Write the HTML report.", rich_help_panel="Output"),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel="Output")
+    bool,
+    typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.", rich_help_panel="Output"),
 ]
 Debug = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")
+    bool,
+    typer.Option("--debug", metavar="", help="Show the traceback of an error.", rich_help_panel="Output"),
 ]
