@@ -32,9 +32,7 @@ SHORT = ["--draws", "200", "--target-ess", "100"]
 def _at_the_root(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     monkeypatch.setenv("COLUMNS", "110")
-    # Imports of users' files change the path and the loaded modules.
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # loading a user's file adds its folder
 
 
 def run(*arguments):
