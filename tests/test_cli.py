@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from synthetic import eight_schools_tree, spoil
 from typer.testing import CliRunner
 
 import bayestie as bt
@@ -41,9 +42,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def schools_path():
-    function, module = load_function(SCHOOLS)
-    data = module.data()
-    return bt.sweep(function, **data, over={"sigma": [0.0, 1.0, 5.0]}, num_draws=200, target_ess=100)
+    return eight_schools_tree()
 
 
 @pytest.fixture
@@ -283,13 +282,11 @@ def test_report_goes_beside_the_result(schools_file):
 
 
 def test_a_strength_that_is_not_certified_is_exit_code_3(schools_path, tmp_path):
-    tree = schools_path.copy(deep=True)
-    tree["sweep"]["certified"].loc[{"sigma": 1.0}] = False
-    tree["sweep"]["reason"] = tree["sweep"]["reason"].astype(object)
-    tree["sweep"]["reason"].loc[{"sigma": 1.0}] = "khat 0.91 is above 0.7"
+    sigma = schools_path["sweep"]["sigma"].values[3]
+    tree = spoil(schools_path, sigma, certified=False, reason="khat 0.91 is above 0.7")
     result = run("show", bt.save(tree, tmp_path / "bad.nc"))
     assert result.exit_code == 3
-    assert "sigma=1: not certified - khat 0.91 is above 0.7" in result.stdout
+    assert f"sigma={sigma:.4g}: not certified - khat 0.91 is above 0.7" in result.stdout
     assert "NO" in result.stdout
 
 
