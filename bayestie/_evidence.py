@@ -117,7 +117,7 @@ def _bridge(path: xr.DataTree, like: xr.DataArray) -> tuple[xr.DataArray, xr.Dat
 
 
 def _independent(path: xr.DataTree, like: xr.DataArray) -> np.ndarray:
-    """True where the posterior draws are a chain's or exact, not the Laplace draws over again nor a guide's."""
+    """True where the posterior draws are a chain's or exact: not the Laplace draws again, nor a guide's."""
     engine, exact = sweep_value(path, "engine"), sweep_value(path, "exact")
     if engine is None:
         return np.ones(like.shape, dtype=bool)

@@ -160,18 +160,26 @@ class TiedSite:
             total = total + 0.5 * (slope / var * standard).sum((-2, -1))
         return total
 
-    def log_density(self, sigma: float, energy: np.ndarray, level: np.ndarray | None) -> np.ndarray:
-        """log p(theta, level | sigma) of each draw, up to a constant that does not move with sigma.
+    def log_density(self, sigma: np.ndarray, energy: np.ndarray, level: np.ndarray | None) -> np.ndarray:
+        """log p(theta, level | sigma) of draws at several strengths, up to a constant in sigma.
 
-        Args and shapes as in `score`; sigma > 0.
+        Args:
+            sigma: strengths > 0, (n,).
+            energy, level: as in `score`, with draws (m,) in front.
+
+        Returns:
+            Shape (n, m).
         """
+        scale = np.array([self.log_normaliser(float(s)) for s in sigma])
         with np.errstate(divide="ignore"):
-            total = self.log_normaliser(sigma) - 0.5 * energy.sum(-1) / np.float64(sigma) ** 2
+            total = scale[:, None] - 0.5 * sigma[:, None] ** -2.0 * energy.sum(-1)
         if self.form == "matched":
             assert level is not None
             loc, _ = self._gaussian()
-            var = self.level_variances(sigma)
-            total = total - 0.5 * (np.log(var) + (level - loc[:, None]) ** 2 / var).sum((-2, -1))
+            squares = (level - loc[:, None]) ** 2
+            for row, s in zip(total, sigma, strict=True):
+                var = self.level_variances(float(s))
+                row -= 0.5 * (np.log(var) + squares / var).sum((-2, -1))
         return total
 
     def statistics(self, path: xr.DataTree) -> tuple[xr.DataArray, np.ndarray | None]:
@@ -268,7 +276,7 @@ def _parts(record: dict[str, Any]) -> list[Part]:
             f"edges of a tie of kind {record['kind']!r}",
             found=f"{record.get('num_edges', 'too many')} edges, which the tree does not hold",
             expected="at most 20,000 edges",
-            fix="Ask for this answer on a smaller graph, or on a chain, ring, grid, complete or exchangeable tie.",
+            fix="Ask for this answer on a smaller graph, or on a chain, ring, grid or exchangeable tie.",
         )
     return _parts_of_graph(
         num, np.asarray(record["edges"], dtype=int).reshape(-1, 2), record.get("edge_weights")
