@@ -1,0 +1,156 @@
+"""What the data say of each strength: evidence, predictive score and effective number of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bayestie._errors import NameLookupError
+from bayestie._evidence import evidence
+from bayestie.plots._axis import StrengthAxis, along_strength
+from bayestie.plots._style import (
+    ACCENT,
+    BAD,
+    BAND_90,
+    DATA,
+    MUTED,
+    PAPER,
+    WIDE,
+    house_style,
+    new_figure,
+    quiet_grid,
+)
+
+# A strength this many nats or score units below the best is out for certain: the axis ends there,
+# so that the range in question stays readable, and what lies below is marked at its edge.
+DEEPEST = 25.0
+BAD_PARETO_K = 0.7
+
+
+@dataclass(frozen=True)
+class Score:
+    """One judgement of every strength, in the order of the sweep."""
+
+    title: str
+    values: Float[np.ndarray, " points"]
+    spread: Float[np.ndarray, " points"]
+    trusted: Bool[np.ndarray, " points"]
+
+
+def scores_of(path: xr.DataTree) -> list[Score]:
+    """Log evidence with 95% Monte Carlo intervals and LOO elpd with one standard error."""
+    sweep, estimates = path["sweep"].to_dataset(), evidence(path)
+    certified = sweep["certified"].values.astype(bool)
+    error = estimates["combined_error"].values
+    trusted = certified & ~estimates["disagreement"].values.astype(bool) & np.isfinite(error)
+    found = [Score("Log evidence", estimates["combined"].values, 1.96 * np.nan_to_num(error), trusted)]
+    if "elpd" in sweep and np.isfinite(sweep["elpd"].values).any():
+        trusted = certified & (sweep["max_pareto_k"].values <= BAD_PARETO_K)
+        found.append(
+            Score("Predictive score (LOO elpd)", sweep["elpd"].values, sweep["elpd_se"].values, trusted)
+        )
+    return found
+
+
+def plot_evidence(path: xr.DataTree, *, along: str | None = None, width: float = WIDE) -> Figure:
+    """Draw log evidence and LOO score of every strength, as differences from the best, with errors.
+
+    Args:
+        path: what ``sweep`` returned.
+        along: the swept keyword on the axis, as in ``plot_strength_paths``.
+        width: of the figure, in inches.
+
+    Returns:
+        The figure: above, log evidence (``evidence``, combined) with 95% Monte Carlo intervals; below,
+        PSIS-LOO elpd, where stored, with one standard error over observations. Three nats less
+        evidence are odds of 1 to 20. The standard errors of elpd are largely shared between strengths,
+        so that differences are surer than the bars suggest. A red cross marks a number that must not
+        be trusted.
+
+    Raises:
+        NameLookupError: no swept dimension, or a keyword that was not swept.
+    """
+    reduced, axis, remark = along_strength(path, along)
+    panels = scores_of(reduced)
+    with house_style():
+        figure = new_figure(width, 0.25 + 1.75 * len(panels))
+        for axes, score in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            _draw_score(axes, axis, score)
+            lowest = score is panels[-1]
+            axes.set_title(
+                f"{score.title}, below the best" + (f"  ({remark})" if remark and not lowest else "")
+            )
+            axis.dress(axes, room=width - 0.6, labels=lowest)
+        return figure
+
+
+def plot_pooling(path: xr.DataTree, *, along: str | None = None, width: float = WIDE) -> Figure:
+    """Draw the effective number of parameters against the prior strength.
+
+    Args:
+        path: what ``sweep`` returned.
+        along: the swept keyword on the axis, as in ``plot_strength_paths``.
+        width: of the figure, in inches.
+
+    Returns:
+        The figure of PSIS-LOO's p_loo: how many free parameters the fit at that strength is worth. It
+        rises from the count with everything shared to the count with nothing shared.
+
+    Raises:
+        NameLookupError: no swept dimension, or a keyword that was not swept.
+    """
+    reduced, axis, remark = along_strength(path, along)
+    sweep = reduced["sweep"].to_dataset()
+    if "p_loo" not in sweep:
+        raise NameLookupError(
+            "path",
+            found="no p_loo in its group sweep",
+            expected="log_likelihood kept",
+            fix="See keep= of sweep.",
+        )
+    values = sweep["p_loo"].values
+    trusted = sweep["certified"].values.astype(bool) & (sweep["max_pareto_k"].values <= BAD_PARETO_K)
+    with house_style():
+        figure = new_figure(width, 2.1)
+        axes = figure.subplots()
+        axis.curve(axes, values, ACCENT)
+        _mark(axes, axis, values, trusted)
+        quiet_grid(axes)
+        axes.set_ylim(0, max(1.0, 1.08 * float(np.max(values[np.isfinite(values)], initial=1.0))))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_title("Effective number of parameters" + (f"  ({remark})" if remark else ""))
+        axis.dress(axes, room=width - 0.6)
+        return figure
+
+
+def _draw_score(axes: Axes, axis: StrengthAxis, score: Score) -> None:
+    values, spread = score.values, score.spread
+    finite = np.isfinite(values)
+    best = int(np.argmax(np.where(finite, values, -np.inf)))
+    below = np.where(finite, values - values[best], -np.inf)
+    floor = max(-DEEPEST, float(np.min(below[finite])))
+    drawn = np.maximum(below, floor)
+    axis.band(axes, drawn - spread, drawn + spread, BAND_90, 5.0)
+    axis.curve(axes, drawn, ACCENT)
+    inside = np.isfinite(below) & (below >= floor)
+    axes.plot(axis.positions[inside], drawn[inside], "o", color=ACCENT, ms=2.6, mew=0, zorder=4)
+    outside = ~inside
+    axes.plot(axis.positions[outside], drawn[outside], "v", color=MUTED, ms=4, mew=0, zorder=4)
+    axes.plot(axis.positions[best], drawn[best], "o", ms=6.5, mfc=PAPER, mec=DATA, mew=1.6, zorder=5)
+    _mark(axes, axis, drawn, score.trusted)
+    quiet_grid(axes)
+    low, high = float(np.min(drawn - spread)), float(np.max(drawn + spread))
+    low = max(low, 1.6 * floor) if floor < 0 else low
+    room = 0.08 * (high - low) or 1.0
+    axes.set_ylim(low - room, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _mark(axes: Axes, axis: StrengthAxis, values: np.ndarray, trusted: np.ndarray) -> None:
+    axes.plot(axis.positions[~trusted], values[~trusted], "x", color=BAD, ms=5.5, mew=1.5, zorder=6)
