@@ -30,16 +30,15 @@ def outside_transforms() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
 class Frozen:
     """Derived tensors are cached on the instance; pickles and copies carry the fields alone."""
 
     def __getstate__(self) -> dict:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]  (every subclass is a dataclass)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def cast(
-        self, name: str, make: Callable[[], Tensor], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """The constant `make()`, kept per dtype and device, so that a step on an accelerator copies nothing."""
+    def cast(self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The constant `make()`, kept per dtype and device: a step on an accelerator copies nothing."""
         cache = self.__dict__.setdefault("_casts", {})
         key = (name, dtype, device)
         if key not in cache:
@@ -94,7 +93,7 @@ class Component(Frozen, ABC):
 
     @abstractmethod
     def diagonal(self, v: Tensor) -> Tensor:
-        """Variance of each copy's deviation given variances v of the coefficients, (..., rank) -> (..., K)."""
+        """Variance of each copy's deviation from variances of the coefficients, (..., rank) -> (..., K)."""
 
     @abstractmethod
     def edges(self) -> Tensor:
@@ -102,6 +101,9 @@ class Component(Frozen, ABC):
 
     def raw_weights(self) -> Tensor:
         return torch.ones(self.num_edges, dtype=torch.float64, device="cpu")
+
+    def eigenvalues(self) -> Tensor:
+        return self.raw_eigenvalues() * self.scale_factor
 
     def weights_of_edges(self) -> Tensor:
         return self.raw_weights() * self.scale_factor
@@ -122,12 +124,10 @@ class Component(Frozen, ABC):
     def scale_factor(self) -> float:
         return self.typical_variance if self.scaled else 1.0
 
-    def energy(self, x: Tensor, level: Tensor | None) -> Tensor:
-        """q = sum_e w_e (x_i - x_j)^2, (..., K) -> (...)."""
-        if self.num_edges == 0:
-            return torch.zeros_like(x[..., 0])
-        i, j = self.cast("edges", self.edges, dtype=torch.int64, device=x.device)
-        weights = self.cast("weights", self.weights_of_edges, dtype=x.dtype, device=x.device)
+    def energy(self, x: Tensor) -> Tensor:
+        """q = sum_e w_e (x_i - x_j)^2, (..., K) -> (...); the hub, where there is one, lies at 0."""
+        i, j = self.cast("edges", self.edges, torch.int64, x.device)
+        weights = self.cast("weights", self.weights_of_edges, x.dtype, x.device)
         return (weights * (x.index_select(-1, i) - x.index_select(-1, j)).square()).sum(-1)
 
 
@@ -173,9 +173,8 @@ class Star(Component):
     def raw_resistances(self) -> Tensor:
         return torch.ones(self.size, dtype=torch.float64, device="cpu")
 
-    def energy(self, x: Tensor, level: Tensor | None) -> Tensor:
-        assert level is not None
-        return (x - level[..., None]).square().sum(-1)
+    def energy(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ class Complete(Component):
     def raw_resistances(self) -> Tensor:
         return torch.full((self.num_edges,), 2 / self.size, dtype=torch.float64, device="cpu")
 
-    def energy(self, x: Tensor, level: Tensor | None) -> Tensor:
+    def energy(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         return self.scale_factor * self.size * centred.square().sum(-1)
 
@@ -280,7 +279,7 @@ class Lattice(Component):
             found.append(x.flatten())
         return torch.cat(found)
 
-    def energy(self, x: Tensor, level: Tensor | None) -> Tensor:
+    def energy(self, x: Tensor) -> Tensor:
         gridded = x.unflatten(-1, self.axes)
         total = torch.zeros_like(x[..., 0])
         for axis in range(-len(self.axes), 0):
@@ -327,7 +326,7 @@ class Walk(Component):
     def raw_resistances(self) -> Tensor:
         return torch.ones(self.num_edges, dtype=torch.float64, device="cpu")
 
-    def energy(self, x: Tensor, level: Tensor | None) -> Tensor:
+    def energy(self, x: Tensor) -> Tensor:
         return self.scale_factor * x.diff(dim=-1).square().sum(-1)
 
 
@@ -402,7 +401,7 @@ class Graph(Component):
         return self._spectrum[0]
 
     def _vectors(self, like: Tensor) -> Tensor:
-        return self.cast("vectors", lambda: self._spectrum[1], dtype=like.dtype, device=like.device)
+        return self.cast("vectors", lambda: self._spectrum[1], like.dtype, like.device)
 
     def synthesize(self, coefficients: Tensor) -> Tensor:
         return coefficients @ self._vectors(coefficients).mT

@@ -1,6 +1,7 @@
 """tied, TiedNormal and TieReparam: the prior of a tie in Pyro."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -12,8 +13,12 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor
 
 from bayestie._errors import ModelError, StrengthError
-from bayestie._tie_priors import Base, Form, Strength, TiePrior, common_dtype
+from bayestie._tie_arguments import Base, Form, Strength, align, common_dtype, number_or_tensor
+from bayestie._tie_densities import log_prob
+from bayestie._tie_priors import TiePrior
 from bayestie._ties import Tie
+
+_NO_DIMS = torch.Size()
 
 
 def tied(
@@ -30,23 +35,26 @@ def tied(
 
     theta = level + sigma B z, z standard normal, B B^T = L^+ of the tie (B = I for exchangeable copies).
 
-    Sites: ``{name}`` (deterministic), ``{name}_level`` (absent where the level is known) and ``{name}_z`` (absent where
-    the tie has no edge). In the form `matched` on exchangeable copies ``{name}_level`` is deterministic too, of
-    ``{name}_level_z``: its variance vanishes at sigma = inf.
+    Sites: ``{name}`` (deterministic), ``{name}_level`` (absent where the level is known) and ``{name}_z``
+        (absent where
+    the tie has no edge). In the form `matched` on exchangeable copies ``{name}_level`` is deterministic
+    too, of ``{name}_level_z``: its variance vanishes at sigma = inf.
 
     Args:
         name: name of the site.
         tie: which copies are tied.
-        sigma: strength >= 0, in units of theta: scale of an edge's factor exp(-w Delta^2 / (2 sigma^2)). 0 is hard
-            sharing, exact. A number; a tensor that broadcasts over E, with batch dims (plates, particles) to the left;
-            or sampled in the model. inf (no sharing) in the forms `copies` and `matched`.
-        base: prior of the level, a Pyro distribution whose shape broadcasts to E, or to (c, *E) for several components;
-            a number or tensor is a known level. `copies` and `matched` need a Normal.
-        form: ``"level"``: level ~ base, deviations of variance sigma^2 / l_j. ``"copies"``: each copy ~ base, times
-            the edge factors. ``"matched"``: each copy has the base's variance on average at every strength.
+        sigma: strength >= 0, in units of theta: scale of an edge's factor exp(-w Delta^2 / (2 sigma^2)). 0
+            is hard sharing, exact. A number; a tensor that broadcasts over E, with batch dims (plates,
+            particles) to the left; or sampled in the model. inf (no sharing) in the forms `copies` and
+            `matched`.
+        base: prior of the level, a Pyro distribution whose shape broadcasts to E, or to (c, *E) for several
+            components; a number or tensor is a known level. `copies` and `matched` need a Normal.
+        form: ``"level"``: level ~ base, deviations of variance sigma^2 / l_j. ``"copies"``: each copy ~
+            base, times the edge factors. ``"matched"``: each copy has the base's variance on average at
+            every strength.
         event_shape: E, shape of one copy.
-        event_scale_tril: (..., n, n), n the last event dim: lower-triangular T that correlates the event elements of a
-            deviation, which becomes sigma * (T @ deviation). Form `level` only.
+        event_scale_tril: (..., n, n), n the last event dim: lower-triangular T that correlates the event
+            elements of a deviation, which becomes sigma * (T @ deviation). Form `level` only.
 
     Returns:
         theta, (*batch, K, *E); for a grid, copies row-major.
@@ -57,8 +65,9 @@ def tied(
         BaseError: the base does not fit the form or E.
         FormError: the tie does not have the form.
 
-    A Pyro effect handler with a method ``_pyro_tied`` may pick other coordinates by replacing ``msg["fn"]``, which is
-    called with the message's args (name, tie, sigma, base, form, event_shape, event_scale_tril).
+    A Pyro effect handler with a method ``_pyro_tied`` may pick other coordinates by replacing
+    ``msg["fn"]``, which is called with the message's args (name, tie, sigma, base, form, event_shape,
+    event_scale_tril).
 
     Example:
         >>> import pyro.distributions as dist
@@ -78,14 +87,17 @@ def _tied(
     event_shape: tuple[int, ...],
     event_scale_tril: Tensor | None,
 ) -> Tensor:
+    sigma = number_or_tensor(sigma, f"sigma of tied site '{name}'", StrengthError)
+
     def make_prior(batch_shape: torch.Size | None) -> TiePrior:
-        return TiePrior(
+        args = align(
             tie, sigma, base, form, event_shape, event_scale_tril, site=name, batch_shape=batch_shape
         )
+        return TiePrior(args)
 
     dtype, device = common_dtype(sigma, base, event_scale_tril)
     noise = _standard_normal((tie.rank, *event_shape), dtype, device)
-    theta, level, z, prior = _state(name, tie.rank, noise, make_prior, torch.Size(), 0)
+    theta, level, z, prior = _state(name, noise, make_prior)
     about = {
         "tie": tie,
         "form": form,
@@ -103,14 +115,15 @@ def _tied(
 class TiedNormal(TorchDistribution):
     """Distribution of tied copies, event shape (K, *E).
 
-    log p(theta) = log p_level(mean) - 1/2 sum_j (u_j^T theta)^2 / v_j - 1/2 sum_j log(2 pi v_j) - 1/2 sum_c log K_c
-    per event element, with v_j = sigma^2 / l_j in the form `level` and 1 / (l_j / sigma^2 + 1 / s^2) otherwise;
-    the hub of exchangeable copies is integrated out.
+    log p(theta) = log p_level(mean) - 1/2 sum_j (u_j^T theta)^2 / v_j - 1/2 sum_j log(2 pi v_j) - 1/2 sum_c
+    log K_c per event element, with v_j = sigma^2 / l_j in the form `level` and 1 / (l_j / sigma^2 + 1 /
+    s^2) otherwise; the hub of exchangeable copies is integrated out.
 
     Args:
         tie: which copies are tied.
         sigma: strength, as in `tied`; log_prob needs sigma > 0, rsample does not.
-        base: as in `tied`. With exchangeable copies log_prob needs a Normal, a MultivariateNormal or a known level.
+        base: as in `tied`. With exchangeable copies log_prob needs a Normal, a MultivariateNormal or a
+            known level.
         form: as in `tied`.
         event_shape: E.
         event_scale_tril: as in `tied`.
@@ -125,7 +138,7 @@ class TiedNormal(TorchDistribution):
         torch.Size([3])
     """
 
-    arg_constraints = {"sigma": constraints.nonnegative}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"sigma": constraints.nonnegative}
 
     def __init__(
         self,
@@ -137,12 +150,10 @@ class TiedNormal(TorchDistribution):
         event_scale_tril: Tensor | None = None,
         validate_args: bool | None = None,
     ):
-        self.prior = TiePrior(tie, sigma, base, form, event_shape, event_scale_tril, site="TiedNormal")
-        super().__init__(
-            self.prior.batch_shape,
-            torch.Size([tie.num_copies, *self.prior.event_shape]),
-            validate_args=validate_args,
-        )
+        args = align(tie, sigma, base, form, event_shape, event_scale_tril, site="TiedNormal")
+        self.prior = TiePrior(args)
+        event = torch.Size([tie.num_copies, *args.event_shape])
+        super().__init__(self.prior.batch_shape, event, validate_args=validate_args)
 
     @property
     def tie(self) -> Tie:
@@ -150,11 +161,11 @@ class TiedNormal(TorchDistribution):
 
     @property
     def form(self) -> Form:
-        return self.prior.form
+        return self.prior.args.form
 
     @property
     def sigma(self) -> Tensor:
-        return self.prior.sigma
+        return self.prior.args.sigma
 
     @property
     def has_rsample(self) -> bool:
@@ -166,32 +177,30 @@ class TiedNormal(TorchDistribution):
         return constraints.independent(constraints.real, self.event_dim)
 
     def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(TiedNormal, _instance)
+        new: Any = self._get_checked_instance(TiedNormal, _instance)
         new.prior = self.prior
-        super(TiedNormal, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     def _draw(self, sample_shape, reparametrised: bool) -> Tensor:
-        prior = self.prior
+        args, law = self.prior.args, self.prior.level_distribution
         shape = torch.Size(sample_shape) + self.batch_shape
-        if prior.level_distribution is None:
-            assert prior.known_level is not None
-            level = prior.known_level
+        if law is None:
+            level = self.prior.known_level
         else:
-            distribution = prior.level_distribution.expand(self.batch_shape)
-            level = (
-                distribution.rsample(sample_shape) if reparametrised else distribution.sample(sample_shape)
-            )
+            law = law.expand(self.batch_shape)
+            level = law.rsample(sample_shape) if reparametrised else law.sample(sample_shape)
         z = None
         if self.tie.rank:
-            z = torch.randn(*shape, self.tie.rank, *prior.event_shape, dtype=prior.dtype, device=prior.device)
-        return prior.combine(level, z).expand(shape + self.event_shape)
+            z = torch.randn(*shape, self.tie.rank, *args.event_shape, dtype=args.dtype, device=args.device)
+        assert level is not None
+        return self.prior.combine(level, z).expand(shape + self.event_shape)
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape=_NO_DIMS):
         return self._draw(sample_shape, True)
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=_NO_DIMS):
         with torch.no_grad():
             return self._draw(sample_shape, self.has_rsample)
 
@@ -205,31 +214,27 @@ class TiedNormal(TorchDistribution):
                     expected="more than 0, as theta has no density on R^K at 0",
                     fix="State the site with tied, or reparametrise it with TieReparam.",
                 )
-        return self.prior.log_prob(value).expand(
-            torch.broadcast_shapes(self.batch_shape, value.shape[: value.dim() - self.event_dim])
-        )
+        batch = torch.broadcast_shapes(self.batch_shape, value.shape[: value.dim() - self.event_dim])
+        return log_prob(self.prior, value).expand(batch)
 
     @property
     def mean(self):
-        prior = self.prior
-        level = prior.known_level if prior.level_distribution is None else prior.level_distribution.mean
-        return prior.combine(level, None).expand(self.batch_shape + self.event_shape)
+        law = self.prior.level_distribution
+        level = self.prior.known_level if law is None else law.mean
+        assert level is not None
+        return self.prior.combine(level, None).expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self):
-        prior = self.prior
-        variance = prior.coefficient_variance()
-        deviations = prior._on_copies(self.tie.diagonal, variance) if self.tie.rank else prior._tensor(0.0)
-        if prior.level_distribution is not None:
-            deviations = deviations + prior._spread(prior.level_distribution.variance, "labels")
-        return deviations.expand(self.batch_shape + self.event_shape)
+        return self.prior.variance().expand(self.batch_shape + self.event_shape)
 
 
 class TieReparam(Reparam):
     """Reparametrise a `TiedNormal` site to its level and standard normal coefficients.
 
-    theta = level + U diag(sqrt v) z: the same theta with the same density after the Jacobian, and, unlike the density
-    of theta, valid at sigma = 0. The new sites are those of `tied`: ``{name}_level`` and ``{name}_z``.
+    theta = level + U diag(sqrt v) z: the same theta with the same density after the Jacobian, and, unlike
+    the density of theta, valid at sigma = 0. The new sites are those of `tied`: ``{name}_level`` and
+    ``{name}_z``.
 
     Raises:
         ModelError: the site is not a `TiedNormal`, or is observed.
@@ -259,27 +264,26 @@ class TieReparam(Reparam):
                 expected="a latent site",
                 fix="Leave it out: TiedNormal scores an observed theta itself.",
             )
-        prior = fn.prior
-        noise = _standard_normal((fn.tie.rank, *prior.event_shape), prior.dtype, prior.device)
-        theta, *_ = _state(
-            name, fn.tie.rank, noise, lambda _: prior, fn.batch_shape, event_dim - fn.event_dim, value
-        )
+        prior, args = fn.prior, fn.prior.args
+        noise = _standard_normal((fn.tie.rank, *args.event_shape), args.dtype, args.device)
+        num_independent = event_dim - fn.event_dim
+        theta, *_ = _state(name, noise, lambda _: prior, fn.batch_shape, num_independent, value)
         value = theta.expand(fn.batch_shape + fn.event_shape) if value is None else value
         return {"fn": dist.Delta(value, event_dim=event_dim).mask(False), "value": value, "is_observed": True}
 
 
 def _standard_normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device):
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return dist.Normal(zero, zero + 1, validate_args=False).expand(torch.Size(shape)).to_event(len(shape))
+    zero = torch.zeros((), dtype=dtype, device=device).expand(*shape)
+    one = torch.ones((), dtype=dtype, device=device).expand(*shape)
+    return dist.Normal(zero, one, validate_args=False).to_event(len(shape))
 
 
 def _state(
     name: str,
-    rank: int,
     noise: TorchDistributionMixin,
     make_prior: Callable[[torch.Size | None], TiePrior],
-    batch_shape: torch.Size,
-    num_independent: int,
+    batch_shape: torch.Size = _NO_DIMS,
+    num_independent: int = 0,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, TiePrior]:
     """Sample z and the level: what `tied` and `TieReparam` share.
@@ -287,46 +291,40 @@ def _state(
     z comes first: its shape shows the batch dims that plates and particles add, and by them those of sigma.
 
     Args:
-        batch_shape: batch dims of the site's distribution before plates; the last `num_independent` are event dims.
+        noise: law of z, event shape (r, *E).
+        batch_shape: batch dims of the site's own distribution; the last `num_independent` are event dims.
         initial: a value of theta to start from (from an initialisation strategy).
     """
 
-    def sample(site: str, distribution, value: Tensor | None, infer: dict) -> Tensor:
-        whole = distribution.expand(batch_shape).to_event(num_independent) if batch_shape else distribution
-        if value is None:
-            return pyro.sample(site, whole, infer=infer)
-        return pyro.sample(
-            site, whole, obs=value.expand(whole.shape()), infer={**infer, "is_observed": False}
-        )
+    def sample(site: str, law: Any, value: Tensor | None, infer: Any) -> Tensor:
+        law = law.expand(batch_shape).to_event(num_independent) if batch_shape else law
+        if value is not None:
+            value, infer = value.expand(law.shape()), {**infer, "is_observed": False}
+        return pyro.sample(site, law, obs=value, infer=infer)
 
-    first_level = first_z = None
-    if initial is not None:
-        first_level, first_z = make_prior(None).split(initial)
+    first_level, first_z = (None, None) if initial is None else make_prior(None).split(initial)
     z, plates = None, None
-    if rank:
+    if noise.event_shape[0]:
         z = sample(f"{name}_z", noise, first_z, {"bayestie_z": name})
         plates = z.shape[: z.dim() - noise.event_dim]
     prior = make_prior(plates)
-    if prior.level_distribution is None:
+    law, mark = prior.level_distribution, {"bayestie_level": name}
+    if law is None:
         assert prior.known_level is not None
         level = prior.known_level
     elif prior.level_may_be_fixed:
-        loc, scale = prior.level_loc(), prior.level_scale()
-        unit = _standard_normal(prior.level_shape, prior.dtype, prior.device)
-        first_unit = None if first_level is None else (first_level - loc) / torch.where(scale > 0, scale, 1.0)
-        unit_level = sample(f"{name}_level_z", unit, first_unit, {"bayestie_level_z": name})
-        level = _record(
-            f"{name}_level",
-            loc + scale * unit_level,
-            len(prior.level_shape) + num_independent,
-            {"bayestie_level": name},
-        )
+        loc, scale, args = prior.base_loc, prior.level_scale(), prior.args
+        unit = _standard_normal(args.level_shape, args.dtype, args.device)
+        first_unit = None if first_level is None else torch.where(scale > 0, (first_level - loc) / scale, 0.0)
+        level = loc + scale * sample(f"{name}_level_z", unit, first_unit, {"bayestie_level_z": name})
+        level = _record(f"{name}_level", level, len(args.level_shape) + num_independent, mark)
     else:
-        level = sample(f"{name}_level", prior.level_distribution, first_level, {"bayestie_level": name})
+        level = sample(f"{name}_level", law, first_level, mark)
     return prior.combine(level, z), level, z, prior
 
 
 def _record(name: str, value: Tensor, event_dim: int, infer: dict) -> Tensor:
     """pyro.deterministic, with what the site is in its infer dict."""
     marked = dist.Delta(value, event_dim=event_dim, validate_args=False).mask(False)
-    return pyro.sample(name, marked, obs=value, infer={"_deterministic": True, **infer})
+    about: Any = {"_deterministic": True, **infer}
+    return pyro.sample(name, marked, obs=value, infer=about)
