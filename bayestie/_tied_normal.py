@@ -273,8 +273,8 @@ class TieReparam(Reparam):
 
 
 def _standard_normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device):
-    zero = torch.zeros((), dtype=dtype, device=device).expand(*shape)
-    one = torch.ones((), dtype=dtype, device=device).expand(*shape)
+    zero = torch.zeros((), dtype=dtype, device=device).expand(torch.Size(shape))
+    one = torch.ones((), dtype=dtype, device=device).expand(torch.Size(shape))
     return dist.Normal(zero, one, validate_args=False).to_event(len(shape))
 
 
