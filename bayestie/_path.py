@@ -61,8 +61,23 @@ class TiedSite:
         return int(self.record["num_components"])
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.record.get("event_shape") or ())
+
+    @property
     def num_event(self) -> int:
-        return math.prod(self.record.get("event_shape") or ())
+        return math.prod(self.event_shape)
+
+    @cached_property
+    def event_variances(self) -> np.ndarray | None:
+        """diag(T T^T) per event element, (E,), T the recorded event_scale_tril; None where T is learned."""
+        tril = self.record.get("event_scale_tril")
+        if tril is None:
+            return np.ones(self.num_event)
+        if isinstance(tril, str):
+            return None
+        own = np.square(np.asarray(tril, dtype=float)).sum(-1)
+        return np.broadcast_to(own, self.event_shape).reshape(-1)
 
     @property
     def copy_dims(self) -> list[str]:
@@ -78,8 +93,10 @@ class TiedSite:
             if found is None:
                 return None
             loc, scale = float(found[1]), float(found[2])
-        shape = tuple(self.record.get("event_shape") or ())
-        return tuple(np.broadcast_to(np.asarray(x, dtype=float), shape).reshape(-1) for x in (loc, scale))  # pyright: ignore[reportReturnType]
+        means, sds = (
+            np.broadcast_to(np.asarray(x, dtype=float), self.event_shape).reshape(-1) for x in (loc, scale)
+        )
+        return means, sds
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -92,12 +109,19 @@ class TiedSite:
 
     def deviation_variances(self, sigma: float) -> list[np.ndarray]:
         """v_j of each part: (E, r_part), or (1, r_part) in form `level`, where no event element differs."""
+        return [self.filter(l, sigma) for l in self.eigenvalues]
+
+    def filter(self, eigenvalues: np.ndarray, sigma: float) -> np.ndarray:
+        """v(sigma) on eigenvalues (r,): (E, r), or (1, r) in form `level`."""
         if self.form == "level":
-            return [sigma**2 / l[None] for l in self.eigenvalues]
+            return sigma**2 / eigenvalues[None]
         _, scale = self._gaussian()
         with np.errstate(divide="ignore"):
-            precision = [l[None] / np.float64(sigma**2) + 1 / scale[:, None] ** 2 for l in self.eigenvalues]
-        return [1 / p for p in precision]
+            return 1 / (eigenvalues / np.float64(sigma) ** 2 + 1 / scale[:, None] ** 2)
+
+    def unit_variance(self, sigma: float) -> np.ndarray:
+        """v(sigma) at eigenvalue 1: (E,), or (1,) in form `level`."""
+        return self.filter(np.ones(1), sigma)[:, 0]
 
     def level_variances(self, sigma: float) -> np.ndarray:
         """Prior variance of the level of each part in a Gaussian form, (E, parts)."""
