@@ -211,8 +211,10 @@ class Nodes:
 
     def invert(self, cumulative: NDArray, levels: NDArray) -> NDArray:
         """sigma at which the cumulative mass reaches each level."""
-        cumulative, first = np.unique(np.maximum.accumulate(cumulative), return_index=True)
-        return np.exp(PchipInterpolator(cumulative, np.log(self.sigma[first]), extrapolate=False)(levels))
+        # Steps below rounding have no inverse.
+        rising = np.concatenate([[True], np.diff(np.maximum.accumulate(cumulative)) > 1e-12])
+        known = PchipInterpolator(cumulative[rising], np.log(self.sigma[rising]), extrapolate=False)
+        return np.exp(known(np.clip(levels, cumulative[rising][0], cumulative[rising][-1])))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The evidence of a sweep as a curve along one of its strengths."""
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,45 +17,82 @@ from bayestie._thermodynamic import slope
 
 
 def curve_along(path: xr.DataTree, name: str, priors: Mapping[str, Distribution]) -> Curve:
-    """The log evidence along one swept name, the others averaged over under their priors."""
+    """The log evidence along one swept name, the others averaged over.
+
+    Each other strength is averaged under its prior; a swept keyword without one, over its values with
+    equal weights.
+    """
     found = evidence(path)
-    log_evidence, error = found["combined"], found["combined_error"]
-    slopes = {axis: slope(path, axis) for axis in swept_names(path)}
-
-    def steepness(axis: str, like: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-        given = slopes[axis]
-        return given if given is not None else (xr.full_like(like, np.nan), xr.full_like(like, np.nan))
-
-    own, own_error = steepness(name, log_evidence)
-    for other in [axis for axis in swept_names(path) if axis != name]:
-        values = swept_values(path, other)
-        averager: Averager | None = None
-        across, across_error = (
-            x if other in x.dims else x.broadcast_like(log_evidence) for x in steepness(other, log_evidence)
-        )
-        rest = [dim for dim in log_evidence.dims if dim != other]
-        arrays = [
-            x.transpose(*rest, other) for x in (log_evidence, error, across, across_error, own, own_error)
-        ]
-        shape = arrays[0].shape[:-1]
-        out = [np.empty(shape) for _ in range(4)]
-        for index in np.ndindex(shape):
-            row = [x.values[index] for x in arrays]
-            curve = Curve.build(values, *row[:4])
-            averager = averager or Averager.build(curve.values, StrengthPrior(priors[other]))
-            mean, spread = curve.uncertain(partial(_log_soft, averager))
-            # d log of the average is the average of d log under the posterior of the other strength.
-            share = _share(averager(curve), curve.values)
-            held = np.isin(values, curve.values)
-            out[0][index], out[1][index] = mean[0], spread[0]
-            out[2][index] = share @ row[4][held]
-            out[3][index] = math.sqrt(share**2 @ row[5][held] ** 2)
-        like = arrays[0].isel({other: 0}, drop=True)
-        log_evidence, error, own, own_error = (like.copy(data=x) for x in out)
-        slopes = {a: None if s is None or a != name else s for a, s in slopes.items()}
-    return Curve.build(
-        swept_values(path, name), log_evidence.values, error.values, own.values, own_error.values
+    field = _Field(
+        found["combined"], found["combined_error"], {axis: slope(path, axis) for axis in swept_names(path)}
     )
+    for other in swept_names(path):
+        if other != name:
+            prior = priors.get(other)
+            field = field.mixed(other) if prior is None else field.averaged(other, StrengthPrior(prior))
+    own, own_error = field.steepness(name)
+    arrays = (field.log_evidence, field.error, own, own_error)
+    return Curve.build(swept_values(path, name), *(x.values for x in arrays))
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Log evidence over several swept names, its error, and its slopes along log sigma where known."""
+
+    log_evidence: xr.DataArray
+    error: xr.DataArray
+    slopes: dict[str, tuple[xr.DataArray, xr.DataArray] | None]
+
+    def steepness(self, axis: str) -> tuple[xr.DataArray, xr.DataArray]:
+        """Slope along one axis and its error; NaN where not known."""
+        given = self.slopes[axis]
+        nothing = xr.full_like(self.log_evidence, np.nan)
+        return (nothing, nothing) if given is None else given
+
+    def averaged(self, other: str, prior: StrengthPrior) -> "_Field":
+        """Without one axis, averaged over it under a prior on sigma."""
+        values = self.log_evidence[other].values
+        across, across_error = self.steepness(other)
+        averagers: dict[int, Averager] = {}
+
+        def average(*row: np.ndarray) -> tuple[float, float, np.ndarray]:
+            curve = Curve.build(values, *row)
+            averager = averagers.setdefault(len(curve.values), Averager.build(curve.values, prior))
+            mean, spread = curve.uncertain(partial(_log_soft, averager))
+            share = np.zeros(len(values))
+            share[np.searchsorted(values, curve.values)] = _share(averager(curve), curve.values)
+            return float(mean[0]), float(spread[0]), share
+
+        order = np.argsort(values)
+        values = values[order]
+        fields = [x.isel({other: order}) for x in (self.log_evidence, self.error, across, across_error)]
+        value, error, share = xr.apply_ufunc(
+            average,
+            *fields,
+            input_core_dims=[[other]] * 4,
+            output_core_dims=[[], [], [other]],
+            vectorize=True,
+        )
+        return _Field(value, error, self._slopes_under(share.assign_coords({other: values}), other))
+
+    def mixed(self, other: str) -> "_Field":
+        """Without one axis, its values weighted equally."""
+        top = self.log_evidence.max(other)
+        weight = np.exp(self.log_evidence - top)
+        share = weight / weight.sum(other)
+        error = np.sqrt((share**2 * self.error**2).sum(other))
+        return _Field(top + np.log(weight.mean(other)), error, self._slopes_under(share, other))
+
+    def _slopes_under(
+        self, share: xr.DataArray, other: str
+    ) -> dict[str, tuple[xr.DataArray, xr.DataArray] | None]:
+        # d log of an average is the average of d log under the posterior of what is averaged over.
+        out: dict[str, tuple[xr.DataArray, xr.DataArray] | None] = {}
+        for axis, given in self.slopes.items():
+            if axis != other:
+                known = None if given is None else ((share * given[0]).sum(other), share**2 * given[1] ** 2)
+                out[axis] = None if known is None else (known[0], np.sqrt(known[1].sum(other)))
+        return out
 
 
 def _log_soft(averager: Averager, curve: Curve) -> np.ndarray:

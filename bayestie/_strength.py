@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from bayestie._curve import Averaged, Averager, Curve, coverage
 from bayestie._errors import CoverageError, NameLookupError, OptionError
 from bayestie._marginal import curve_along
+from bayestie._path import sites_along
 from bayestie._results import swept_names
 from bayestie._reweight import averaged_draws
 from bayestie._strength_prior import PRIOR_KINDS, StrengthPrior, describe
@@ -36,7 +37,8 @@ def strength_posterior(
         path: what ``sweep`` returned.
         prior: a Pyro distribution of sigma >= 0, such as ``HalfNormal(1.)``, ``HalfCauchy(5.)``,
             ``Exponential(rate)`` (the penalised-complexity prior), ``Uniform(0., 20.)``, ``LogNormal``.
-            With several swept names, a mapping from each name to its prior.
+            With several swept names, a mapping from each strength to its prior; swept keywords that are
+            no tie's sigma need none, their values are weighted equally.
         name: the swept keyword to give the posterior of; needed where several were swept. The others
             are averaged over under their priors.
         point_mass: prior probability that sigma is exactly 0, in [0, 1); the rest goes to `prior`.
@@ -277,12 +279,14 @@ def _named(path: xr.DataTree, prior: Priors, name: str | None) -> tuple[str, dic
             fix=f"Pass name={names[0]!r}, for example.",
         )
     priors = dict(prior) if isinstance(prior, Mapping) else {name: prior}
-    missing = [other for other in names if other not in priors]
-    if missing or len(priors) > len(names):
+    missing = [
+        other for other in names if other not in priors and (other == name or sites_along(path, other))
+    ]
+    if missing or not set(priors) <= set(names):
         raise NameLookupError(
             "prior",
             found=f"priors for {sorted(priors)}",
-            expected=f"one for each swept name, {names}",
+            expected=f"one for each tie's strength among {names}",
             fix="Pass prior={name: distribution, ...}, or bayestie.select the other strengths first.",
         )
     return name, priors

@@ -38,7 +38,7 @@ def tension(path: xr.DataTree) -> xr.DataTree:
         "a ~ b"; for exchangeable and complete ties the copy's own labels, its deviation from the level
         standing for its edges) and the event dims: ``difference`` (posterior mean, own units),
         ``statistic``, ``p_value`` (two-sided), ``information`` (1 - Var(Delta_e | y) / V_e: 0 means
-        the data are silent). With m edges look for p below 0.05 / m. At sigma = 0 all differences are exactly 0:
+        the data are silent). With m edges look for p below 0.05 / m. At sigma = 0 all differences are 0:
         statistic 0, p-value 1.
 
     Raises:
