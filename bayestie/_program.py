@@ -1,0 +1,671 @@
+"""Pyro model -> lane program: one pure function of a flat unconstrained vector, batched over lanes."""
+
+import contextlib
+import inspect
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.ops.einsum.torch_log as torch_log
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
+
+from bayestie._errors import (
+    BayestieError,
+    DataError,
+    DeviceError,
+    DiscreteLatentError,
+    DuplicateSiteError,
+    KeywordError,
+    ModelError,
+    NoLatentError,
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent, observed or deterministic statement of the model, as the validated run saw it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...]  # plate name of each axis; None where no plate claims it
+    is_discrete: bool
+    infer: Mapping[str, Any]
+    unconstrained_shape: tuple[int, ...] = ()
+    start: int = 0  # where the site begins in the flat unconstrained vector
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.unconstrained_shape)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class LaneInputs:
+    """What may differ from lane to lane beside the position; every tensor leads with the lane axis."""
+
+    swept: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # observed site -> weight per observation
+    data: Mapping[str, Tensor] = field(default_factory=dict)  # model argument -> its value
+
+    def take(self, index: Tensor) -> "LaneInputs":
+        """The inputs of the lanes in ``index``, repeated or reordered as it says."""
+        return LaneInputs(*({name: x[index] for name, x in part.items()} for part in self._parts()))
+
+    def _parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return self.swept, self.weights, self.data
+
+    def flat(self) -> list[Tensor]:
+        return [x for part in self._parts() for x in part.values()]
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> "LaneInputs":
+        rest = iter(tensors)
+        return LaneInputs(*({name: next(rest) for name in part} for part in self._parts()))
+
+    def key(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(part) for part in self._parts())
+
+
+@contextlib.contextmanager
+def model_defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Run a model under ``dtype`` and ``device`` defaults, and restore what was there."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device) if device.type != "cpu" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for (None is the CPU), or a named error if it is not there.
+
+    Raises:
+        DeviceError: the device is unknown, or CUDA was asked for and is absent.
+    """
+    try:
+        resolved = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise DeviceError(
+            "device",
+            found=repr(device),
+            expected="'cpu', 'cuda' or 'cuda:0'",
+            fix="Name a device torch knows.",
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "device",
+            found="'cuda' asked for, and torch sees no CUDA device",
+            expected="an NVIDIA GPU with a working driver and a CUDA build of torch",
+            fix="Use device='cpu', or check torch.cuda.is_available() on this machine.",
+        )
+    return resolved
+
+
+def to_tensors(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Arrays to tensors, floats to ``dtype``, everything to ``device``; other leaves stay as they are."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf":
+            x = torch.as_tensor(np.ascontiguousarray(x))
+        if isinstance(x, Tensor):
+            x = x.detach().to(device)
+            return x.to(dtype) if x.is_floating_point() else x
+        return x
+
+    return tree_map(leaf, value)
+
+
+def _vmappable_safe_log(x: Tensor) -> Tensor:
+    # pyro.ops.special.safe_log is an old-style autograd.Function, which functorch refuses.
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
+def _cholesky_or_nan(input: Tensor, *, upper: bool = False) -> Tensor:
+    # One lane's matrix that is not positive definite must not raise for the others.
+    factor, info = torch.linalg.cholesky_ex(input, upper=upper)
+    return torch.where(info[..., None, None] == 0, factor, factor.new_full((), float("nan")))
+
+
+def _is_subsample(msg: Any) -> bool:
+    return isinstance(msg["fn"], _Subsample)
+
+
+def _is_enumerated(msg: Any) -> bool:
+    return msg["infer"].get("enumerate") is not None
+
+
+def base_distribution(fn: Any) -> Any:
+    """The distribution under Independent, Expanded and Masked wrappers."""
+    while True:
+        inner = getattr(fn, "base_dist", None)
+        if inner is None or isinstance(fn, dist.TransformedDistribution):
+            return fn
+        fn = inner
+
+
+class _Lane(Messenger):
+    """Gives latent sites their value from a flat vector and adds up the log joint density.
+
+    Entered first, so that plates, scales and masks of the model have acted on a message before it is
+    seen here.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        position: Tensor,
+        weights: Mapping[str, Tensor],
+        without: Set[str] = frozenset(),
+        on_observed: Callable[[Any], None] | None = None,
+    ):
+        super().__init__()
+        self.sites, self.position, self.weights = sites, position, weights
+        self.without, self.on_observed = without, on_observed
+        self.log_jacobian = position.new_zeros(())
+        self.log_densities: dict[str, Tensor] = {}  # site -> elementwise, scaled and masked
+        self.messages: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or _is_subsample(msg) or _is_enumerated(msg):
+            return
+        site = self.sites[msg["name"]]
+        x = self.position[site.slice].reshape(site.unconstrained_shape)
+        # The transform is rebuilt from the site's own support, so a support that depends on other
+        # sites or on a swept keyword is right in every lane.
+        transform = biject_to(msg["fn"].support)
+        msg["value"] = transform(x)
+        msg["done"] = True
+        self.log_jacobian = self.log_jacobian + transform.log_abs_det_jacobian(x, msg["value"]).sum()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _is_subsample(msg):
+            return
+        name = msg["name"]
+        self.messages[name] = msg
+        if msg["infer"].get("_deterministic"):
+            return
+        if self.on_observed is not None and name not in self.sites and not isinstance(msg["fn"], dist.Unit):
+            self.on_observed(msg)
+        if name in self.without:
+            return
+        weight = self.weights.get(name)
+        if weight is not None:
+            msg["scale"] = msg["scale"] * weight
+        log_density = msg["fn"].log_prob(msg["value"])
+        self.log_densities[name] = scale_and_mask(log_density, msg["scale"], msg["mask"])
+
+    def log_joint(self) -> Tensor:
+        total = self.log_jacobian
+        for log_density in self.log_densities.values():
+            total = total + log_density.sum()
+        return total
+
+
+class _FirstRun(Messenger):
+    """The validated run: draws every latent, records every site, names the site an error is about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: dict[str, Any] = {}
+        self.log_joint = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if _is_subsample(msg):
+            if msg["fn"].subsample_size is not None and msg["fn"].subsample_size < msg["fn"].size:
+                raise ModelError(
+                    f"plate '{msg['name']}'",
+                    found=f"a subsample of {msg['fn'].subsample_size} of {msg['fn'].size} rows",
+                    expected="all rows",
+                    fix="Drop subsample_size; minibatches are an option of engine='pyro_svi'.",
+                )
+            return
+        if msg["name"] in self.messages:
+            raise DuplicateSiteError(
+                f"site '{msg['name']}'",
+                found="a second statement of that name",
+                expected="one statement per name",
+                fix="Rename one, or index it in a loop: pyro.sample(f'x_{i}', ...).",
+            )
+        if msg["is_observed"] or msg["value"] is not None:
+            return
+        discrete = msg["fn"].has_enumerate_support or msg["fn"].support.is_discrete
+        if discrete and not _is_enumerated(msg):
+            raise DiscreteLatentError(
+                f"site '{msg['name']}'",
+                found=f"a discrete latent, {type(base_distribution(msg['fn'])).__name__}",
+                expected="continuous latents, or discrete ones marked for enumeration",
+                fix="Mark it with infer={'enumerate': 'parallel'}, sum it out by hand, or observe it.",
+            )
+        if not discrete:
+            try:
+                support = msg["fn"].support
+                x = 0.2 * torch.randn(biject_to(support).inv(msg["fn"].sample()).shape)
+                msg["value"] = biject_to(support)(x)
+                msg["done"] = True
+            except NotImplementedError as error:
+                raise ModelError(
+                    f"site '{msg['name']}'",
+                    found=f"a {type(msg['fn']).__name__} without a map from the real line to its support",
+                    expected="a support registered with torch.distributions.biject_to",
+                    fix="Sample a standard normal and transform it with pyro.deterministic.",
+                ) from error
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _is_subsample(msg):
+            return
+        self.messages[msg["name"]] = msg
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            _check_observed(msg)
+
+
+def _check_observed(msg: Any) -> None:
+    value, mask = msg["value"], msg["mask"]
+    if not isinstance(value, Tensor):
+        return
+    kept = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else torch.as_tensor(mask)
+    event_dim = msg["fn"].event_dim
+    bad = ~torch.isfinite(value.to(torch.get_default_dtype()))
+    bad = bad.flatten(bad.dim() - event_dim).any(-1) if event_dim else bad
+    bad = bad & kept
+    if bad.any():
+        first = tuple(torch.nonzero(bad)[0].tolist()) if bad.dim() else ()
+        raise DataError(
+            f"observed site '{msg['name']}'",
+            found=f"{int(bad.sum())} NaN or infinite of {bad.numel()} values, the first at index {first}",
+            expected="finite observations",
+            fix="Drop those rows, or mask them with pyro.poutine.mask or obs_mask=.",
+        )
+    try:
+        log_density = msg["fn"].log_prob(value)
+    except ValueError as error:
+        outside = "outside the support" in str(error) or "support" in str(error)
+        raise (DataError if outside else ModelError)(
+            f"observed site '{msg['name']}'",
+            found=str(error).split("\n")[0][:300],
+            expected=f"values in the support of {type(base_distribution(msg['fn'])).__name__}",
+            fix="Check the data's coding, and the likelihood's family and parameters.",
+        ) from error
+    batch = torch.Size(log_density.shape)
+    weight = torch.ones(batch)
+    for frame in msg["cond_indep_stack"]:
+        if frame.vectorized and len(batch) >= -frame.dim:
+            weight = weight.narrow(frame.dim, 0, 1)
+    if weight.numel() > 1:
+        raise ModelError(
+            f"observed site '{msg['name']}'",
+            found=f"batch shape {tuple(batch)} with axes that no plate declares",
+            expected="a pyro.plate for every batch axis (or .to_event)",
+            fix=f"Wrap the statement in `with pyro.plate('row', {batch[-1]}):`, or check for an unwanted broadcast.",
+        )
+
+
+def _dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
+    dims: list[str | None] = [None] * len(shape)
+    event_dim = getattr(msg["fn"], "event_dim", 0)
+    for frame in msg["cond_indep_stack"]:
+        position = len(shape) - event_dim + frame.dim if frame.vectorized else -1
+        if position >= 0 and shape[position] == frame.size:
+            dims[position] = frame.name
+    return tuple(dims)
+
+
+# Tracing a graph costs about as much as this many eager evaluations.
+TRACE_AFTER = 25
+
+RESERVED = ("over", "engine", "seed", "num_chains", "num_draws", "target_ess", "device", "dims", "coords")
+
+
+class LaneProgram:
+    """A Pyro model as a batched pure function f(u, swept, weights, data) -> log joint density.
+
+    ``u`` is the flat unconstrained vector of length ``num_latent``; the density includes the Jacobian of
+    the maps to the constrained supports, so it is Pyro's potential with the sign turned.
+
+    Args:
+        model: the Pyro model.
+        args: its positional arguments; floats are cast to ``dtype``.
+        kwargs: its keyword arguments, without the swept ones.
+        swept: a value, shape (num_points,), of each swept keyword at every point of the sweep.
+        device: where to run.
+        dtype: working precision, float64 unless asked otherwise.
+
+    Raises:
+        ModelError: (and its kinds) a model that cannot be run as lanes, naming the site.
+        DataError: NaN or infinite data, or data outside the likelihood's support.
+        KeywordError: a swept keyword that the model lacks.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        swept: Mapping[str, Tensor] | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ):
+        self.device = torch.device("cpu") if device is None else device
+        self.dtype = dtype
+        self.model = model
+        self.swept = {k: v.to(dtype=dtype, device=self.device) for k, v in (swept or {}).items()}
+        check_keywords(model, args, kwargs or {}, self.swept)
+        self.args = to_tensors(tuple(args), dtype, self.device)
+        self.kwargs = to_tensors(dict(kwargs or {}), dtype, self.device)
+        self.argument_names = _argument_names(model, self.args)
+        self.seed = seed
+        self._first_runs()
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._calls: Counter[Any] = Counter()
+        self.loop_reason: str | None = None
+
+    # -- the validated run ---------------------------------------------------------------------------
+
+    def _first_runs(self) -> None:
+        num_points = len(next(iter(self.swept.values()))) if self.swept else 1
+        with (
+            torch.random.fork_rng(devices=[]),
+            model_defaults(self.dtype, self.device),
+            pyro.validation_enabled(True),
+        ):
+            torch.manual_seed(self.seed)
+            # Every point is run: an impossible strength must be refused before any work is done.
+            for point in range(num_points):
+                keywords = {name: values[point] for name, values in self.swept.items()}
+                first = _FirstRun()
+                try:
+                    with first:
+                        self.model(*self.args, **self.kwargs, **keywords)
+                except BayestieError:
+                    raise
+                except Exception as error:
+                    raise self._explain(error, first, keywords) from error
+                if point == 0:
+                    self._read_sites(first.messages)
+
+    def _explain(self, error: Exception, first: _FirstRun, keywords: Mapping[str, Any]) -> BayestieError:
+        arguments = dict(zip(self.argument_names, self.args, strict=False)) | self.kwargs
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                return DataError(
+                    f"argument '{name}'",
+                    found=f"{int((~torch.isfinite(value)).sum())} NaN or infinite of {value.numel()} values",
+                    expected="finite numbers",
+                    fix=f"Clean or mask them; the model failed with: {str(error).splitlines()[0][:200]}",
+                )
+        last = next(reversed(first.messages), None)
+        where = "before its first site" if last is None else f"after site '{last}'"
+        at = ", ".join(f"{k}={float(v):g}" for k, v in keywords.items())
+        return ModelError(
+            f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'"
+            + (f" at {at}" if at else ""),
+            found=f"{type(error).__name__} {where}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}",
+            expected="a model that runs on its arguments",
+            fix="Call the model by hand on the same arguments under pyro.enable_validation(True).",
+        )
+
+    def _read_sites(self, messages: Mapping[str, Any]) -> None:
+        latent, observed, deterministic, enumerated = {}, {}, {}, []
+        start = 0
+        for name, msg in messages.items():
+            value = msg["value"]
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            site = Site(name, shape, _dims(msg, shape), False, msg["infer"])
+            if msg["infer"].get("_deterministic"):
+                deterministic[name] = site
+            elif msg["is_observed"]:
+                if not type(msg["fn"]).__name__ == "Unit":  # pyro.factor: part of the density, not data
+                    observed[name] = site
+            elif _is_enumerated(msg):
+                enumerated.append(name)
+            else:
+                unconstrained = tuple(biject_to(msg["fn"].support).inv(value).shape)
+                latent[name] = Site(name, shape, site.dims, False, msg["infer"], unconstrained, start)
+                start += math.prod(unconstrained)
+        if not latent:
+            raise NoLatentError(
+                f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'",
+                found="no latent site" + (f" beside the enumerated {enumerated}" if enumerated else ""),
+                expected="at least one pyro.sample without obs=",
+                fix="Sample what you want to infer, and pass the data as arguments, not by name of a site.",
+            )
+        clash = sorted((set(messages) & set(self.swept)) | (set(messages) & {"chain", "draw"}))
+        if clash:
+            raise KeywordError(
+                f"site '{clash[0]}'",
+                found="a site with the name of a dimension of the results",
+                expected=f"site names other than chain, draw and the swept {sorted(self.swept)}",
+                fix="Rename the site or the swept keyword.",
+            )
+        self.latent, self.observed, self.deterministic = latent, observed, deterministic
+        self.enumerated = enumerated
+        self.num_latent = start
+        self.observed_values = {name: messages[name]["value"].detach() for name in observed}
+        self.max_plate_nesting = max(
+            (-f.dim for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized), default=0
+        )
+        self.plates = {
+            f.name: f.size for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized
+        }
+
+    def _enumerating(self, first_available_dim: int) -> Callable[..., Any]:
+        return poutine.enum(self.model, first_available_dim=first_available_dim)
+
+    # -- one lane ------------------------------------------------------------------------------------
+
+    def run_lane(
+        self,
+        position: Tensor,
+        inputs: LaneInputs,
+        *,
+        without: Set[str] = frozenset(),
+        on_observed: Callable[[Any], None] | None = None,
+    ) -> _Lane:
+        """The model once, at one position; ``inputs`` without a lane axis. Enumerated sites excluded.
+
+        The densities of the sites in ``without`` are not taken; ``on_observed`` sees each observed
+        message before its density would be.
+        """
+        lane = _Lane(self.latent, position, inputs.weights, without, on_observed)
+        args, kwargs = self._arguments(inputs)
+        with lane:
+            self.model(*args, **kwargs)
+        return lane
+
+    def _arguments(self, inputs: LaneInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(
+            inputs.data.get(name, value) for name, value in zip(self.argument_names, self.args, strict=True)
+        )
+        kwargs = {name: inputs.data.get(name, value) for name, value in self.kwargs.items()}
+        return args, kwargs | dict(inputs.swept)
+
+    def log_joint(self, position: Tensor, inputs: LaneInputs) -> Tensor:
+        """log p(u, y) of one lane, the Jacobian included; a scalar."""
+        if not self.enumerated:
+            return self.run_lane(position, inputs).log_joint()
+        lane = _Lane(self.latent, position, inputs.weights)
+        args, kwargs = self._arguments(inputs)
+        model = self._enumerating(-1 - self.max_plate_nesting)
+        with mock.patch.object(torch_log, "safe_log", _vmappable_safe_log), lane:
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            for name, weight in inputs.weights.items():
+                trace.nodes[name]["scale"] = trace.nodes[name]["scale"] * weight
+            evaluator = TraceEinsumEvaluator(trace, True, self.max_plate_nesting)
+            return evaluator.log_prob(trace) + lane.log_jacobian
+
+    # -- many lanes ----------------------------------------------------------------------------------
+
+    def evaluate(self, position: Tensor, inputs: LaneInputs, *, gradient: bool = False) -> Any:
+        """log joint, shape (lanes,), and on request its gradient, shape (lanes, num_latent), per lane.
+
+        Lanes that leave the finite numbers hold NaN or -inf; they never raise for the batch.
+        """
+        if self.loop_reason is not None:
+            return self._loop(position, inputs, gradient)
+        try:
+            return self._batched_function(position, inputs, gradient)(position, *inputs.flat())
+        except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+            self._fall_back(error)
+            return self._loop(position, inputs, gradient)
+
+    def _batched_function(self, position: Tensor, inputs: LaneInputs, gradient: bool) -> Callable[..., Any]:
+        """The eager batched function for the first calls at a width, its traced graph from then on."""
+        key = (gradient, position.shape, inputs.key())
+        graph = self._graphs.get(key)
+        if graph is not None:
+            return graph
+        self._calls[key] += 1
+        eager = self.batched(gradient, inputs)
+        if self._calls[key] > TRACE_AFTER:
+            with self.quiet():
+                graph = make_fx(eager, _allow_non_fake_inputs=True)(position, *inputs.flat())
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            self._graphs[key] = graph
+            return graph
+
+        def run(*tensors: Tensor) -> Any:
+            with self.quiet():
+                return eager(*tensors)
+
+        return run
+
+    def batched(self, gradient: bool, like: LaneInputs) -> Callable[..., Any]:
+        """The untraced batched function of (position, *flat inputs)."""
+
+        def one(position: Tensor, *flat: Tensor) -> Tensor:
+            return self.log_joint(position, like.unflatten(flat))
+
+        forward = torch.vmap(one)
+        if not gradient:
+            return forward
+
+        def value_and_grad(position: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+            # Lanes do not touch one another, so the gradient of their sum holds each lane's own. Plain
+            # autograd outside vmap, because torch.func.grad imports the compiler stack (seconds).
+            with torch.enable_grad():
+                position = position.detach().requires_grad_(True)
+                value = forward(position, *flat)
+                (grad,) = torch.autograd.grad(value.sum(), position)
+            return value.detach(), grad
+
+        return value_and_grad
+
+    def _fall_back(self, error: Exception) -> None:
+        self.loop_reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        warnings.warn(
+            f"model '{name}' cannot be vectorised over lanes, so lanes run one after another ({self.loop_reason})",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _loop(self, position: Tensor, inputs: LaneInputs, gradient: bool) -> Any:
+        values, grads = [], []
+        with self.quiet():
+            for i in range(len(position)):
+                u = position[i].detach().clone().requires_grad_(gradient)
+                one = inputs.unflatten([x[i] for x in inputs.flat()])
+                try:
+                    value = self.log_joint(u, one)
+                    grad = torch.autograd.grad(value, u)[0] if gradient else None
+                except (ValueError, RuntimeError) as error:
+                    if not _is_numerical(error):
+                        raise
+                    value, grad = u.new_full((), float("nan")), torch.full_like(u, float("nan"))
+                values.append(value.detach())
+                grads.append(grad)
+        return (torch.stack(values), torch.stack(grads)) if gradient else torch.stack(values)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Validation off, defaults set, factorisations that fail give NaN: the state in which lanes run."""
+        with (
+            model_defaults(self.dtype, self.device),
+            pyro.validation_enabled(False),
+            mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
+        ):
+            yield
+
+    def point_inputs(self, points: Tensor) -> LaneInputs:
+        """Lane inputs for the sweep's points named by the index tensor ``points``, shape (lanes,)."""
+        return LaneInputs(swept={name: values[points] for name, values in self.swept.items()})
+
+
+def _is_numerical(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(
+        word in text for word in ("cholesky", "singular", "positive-definite", "not positive", "linalg")
+    )
+
+
+def _argument_names(model: Callable[..., Any], args: Sequence[Any]) -> list[str]:
+    try:
+        parameters = list(inspect.signature(model).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (names + [f"arg_{i}" for i in range(len(names), len(args))])[: len(args)]
+
+
+def check_keywords(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], swept: Mapping[str, Any]
+) -> None:
+    """Refuse swept keywords that the model lacks, and model keywords that collide with ours.
+
+    Raises:
+        KeywordError: naming the keyword and what the model takes.
+    """
+    try:
+        parameters = inspect.signature(model).parameters
+    except (TypeError, ValueError):
+        return
+    taken = [name for name in parameters if name in RESERVED]
+    if taken:
+        raise KeywordError(
+            f"keyword '{taken[0]}' of the model",
+            found=f"a model argument named like an option of fit and sweep ({', '.join(RESERVED)})",
+            expected="another name",
+            fix=f"Rename the model's '{taken[0]}', or wrap the model in a function that renames it.",
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
+    for name in [*swept, *kwargs]:
+        if name not in names:
+            raise KeywordError(
+                f"keyword '{name}'",
+                found=f"no such argument of model '{getattr(model, '__name__', type(model).__name__)}'",
+                expected=f"one of {names}",
+                fix="Name a keyword of the model, or add it to the model's signature.",
+            )
+    positional = _argument_names(model, args)
+    for name in swept:
+        if name in positional:
+            raise KeywordError(
+                f"keyword '{name}'",
+                found="a swept keyword that is also passed as a positional argument",
+                expected="swept values in over= alone",
+                fix=f"Drop the positional '{name}', or make it keyword-only in the model (after *).",
+            )
