@@ -212,7 +212,9 @@ class Complete(Component):
         return torch.full((self.num_edges,), 2 / self.size, dtype=torch.float64, device="cpu")
 
     def energy(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
+        # From the first copy, so that equal copies give exactly 0.
+        centred = x - x[..., :1]
+        centred = centred - centred.mean(-1, keepdim=True)
         return self.scale_factor * self.size * centred.square().sum(-1)
 
 

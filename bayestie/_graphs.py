@@ -168,7 +168,7 @@ def _integers(values: Any, what: str, ndim: int) -> np.ndarray:
         ) from ragged
     if array.size == 0:
         return np.zeros((0, 2) if ndim == 2 else 0, dtype=np.int64)
-    if array.ndim != ndim or array.dtype.kind not in "iu" or (ndim == 2 and array.shape[1] != 2):
+    if array.ndim != ndim or array.dtype.kind not in "iu" or (ndim == 2 and array.shape[-1] != 2):
         raise TieError(
             what,
             found=f"shape {array.shape} of {array.dtype}",

@@ -85,17 +85,13 @@ class Layout(Frozen):
     # -- maps on the last axis -------------------------------------------------------------------------------
 
     def synthesize(self, coefficients: Tensor) -> Tensor:
-        if self.hubs_only:
-            return coefficients
-        if self.num_copies <= DENSE_COPIES:
+        if self.num_copies <= DENSE_COPIES and not self.hubs_only:
             matrix = self.cast("synthesis", self._synthesis, coefficients.dtype, coefficients.device)
             return coefficients @ matrix.mT
         return self.synthesize_by_transforms(coefficients)
 
     def analyze(self, x: Tensor) -> Tensor:
-        if self.hubs_only:
-            return x
-        if self.num_copies <= DENSE_COPIES:
+        if self.num_copies <= DENSE_COPIES and not self.hubs_only:
             return x @ self.cast("analysis", self._analysis, x.dtype, x.device).mT
         return self.analyze_by_transforms(x)
 
@@ -103,9 +99,13 @@ class Layout(Frozen):
         return v if self.hubs_only else self._to_copies(lambda part, own: part.diagonal(own), v)
 
     def synthesize_by_transforms(self, coefficients: Tensor) -> Tensor:
+        if self.hubs_only:
+            return coefficients
         return self._to_copies(lambda part, own: part.synthesize(own), coefficients)
 
     def analyze_by_transforms(self, x: Tensor) -> Tensor:
+        if self.hubs_only:
+            return x
         return torch.cat([part.analyze(own).flatten(-2) for part, own in self.in_blocks(x)], -1)
 
     def _synthesis(self) -> Tensor:
