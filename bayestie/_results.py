@@ -32,9 +32,9 @@ def build_tree(
     swept: Mapping[str, Sequence[float]],
     groups: Mapping[str, Mapping[str, Any]],
     event_dims: Mapping[str, Sequence[str | None]],
-    coords: Mapping[str, Sequence[Any]],
+    coords: Mapping[str, Any],
     attrs: Mapping[str, Any],
-    group_coords: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    group_coords: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> xr.DataTree:
     """Label arrays as an xarray DataTree in ArviZ's schema, the swept keywords being dimensions.
 
@@ -198,7 +198,7 @@ def _dims_of(
 
 
 def _labels_of(
-    dim: str, length: int, labels: Mapping[str, Sequence[Any]], used: Mapping[str, np.ndarray], *, where: str
+    dim: str, length: int, labels: Mapping[str, Any], used: Mapping[str, np.ndarray], *, where: str
 ) -> np.ndarray:
     if dim in used:
         values, source = used[dim], "another variable of the group"

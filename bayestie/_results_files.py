@@ -65,7 +65,7 @@ def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
     tree = tree.copy()
     # A string: HDF5 limits attributes to 64 KiB unless they are variable-length strings, which JSON is.
     tree.attrs = {**tree.attrs, SCHEMA: SCHEMA_VERSION, _MANIFEST: json.dumps(_manifest(tree))}
-    with _atomic_place(path) as temporary:
+    with atomic_place(path) as temporary:
         if suffix in _ZARR_SUFFIXES:
             tree.to_zarr(temporary, mode="w-", consolidated=False, encoding=_encoding(tree, {}))
         else:
@@ -153,12 +153,12 @@ def _encoding(tree: xr.DataTree, compression: dict[str, Any]) -> dict[str, dict[
 
 
 @contextlib.contextmanager
-def _atomic_place(path: Path) -> Iterator[Path]:
+def atomic_place(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block ends well."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         fresh = folder / path.name
         yield fresh
@@ -169,12 +169,12 @@ def _atomic_place(path: Path) -> Iterator[Path]:
     except OSError as error:
         if (folder / "old").exists() and not path.exists():
             (folder / "old").rename(path)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(
         str(path),
         found=f"{type(error).__name__}: {error.strerror or error}",

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -206,7 +207,7 @@ def _measure(tree, strengths):
         with warnings.catch_warnings():
             # A bad Pareto k is a number of the tree here, not news.
             warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
-            score = loo(select(tree, sigma=sigma), pointwise=True)
+            score: Any = loo(select(tree, sigma=sigma), pointwise=True)
         sweep["elpd"][i], sweep["elpd_se"][i], sweep["p_loo"][i] = score.elpd, score.se, score.p
         sweep["max_pareto_k"][i] = float(score.pareto_k.max())
     tree["sweep"] = xr.DataTree(sweep)

@@ -15,6 +15,9 @@ from bayestie._errors import NameLookupError
 from bayestie._results import select, swept_names, tie_records
 from bayestie.plots._style import GRID, number
 
+# Marks the axes that have strengths along x, for whoever draws on a finished figure.
+STRENGTH_AXES = "strength-axes"
+
 
 @dataclass(frozen=True)
 class StrengthAxis:
@@ -57,6 +60,7 @@ class StrengthAxis:
 
     def dress(self, axes: Axes, *, room: float, labels: bool = True) -> None:
         """Ticks, the marked ends and, with `labels`, the words below; `room` is the axes' width in inches."""
+        axes.set_gid(STRENGTH_AXES)
         span = self.positions.max() - self.positions.min() or 1.0
         axes.set_xlim(self.positions.min() - 0.06 * span, self.positions.max() + 0.06 * span)
         ticks = {float(self.positions[i]): self._end_label(i) for i, _ in self._ends()}
@@ -138,15 +142,17 @@ def along_strength(tree: xr.DataTree, along: str | None) -> tuple[xr.DataTree, S
         )
     if along is None:
         wanted = [record.get("sigma_from") for record in tie_records(tree).values()]
-        along = next((name for name in wanted if name in names), names[0])
-    elif along not in names:
+        chosen = next((name for name in names if name in wanted), names[0])
+    elif along in names:
+        chosen = along
+    else:
         raise NameLookupError(
             "along=", found=repr(along), expected=f"one of {names}", fix="Name a swept keyword."
         )
-    held = {name: value for name, value in best_point(tree).items() if name != along}
+    held = {name: value for name, value in best_point(tree).items() if name != chosen}
     remark = ", ".join(f"{name} = {number(value)}" for name, value in held.items())
     reduced = select(tree, **held) if held else tree
-    return reduced, strength_axis(along, reduced["sweep"][along].values), remark
+    return reduced, strength_axis(chosen, reduced["sweep"].to_dataset()[chosen].values), remark
 
 
 def best_point(tree: xr.DataTree) -> dict[str, float]:
@@ -154,11 +160,12 @@ def best_point(tree: xr.DataTree) -> dict[str, float]:
     names = swept_names(tree)
     if not names:
         return {}
-    evidence = tree["sweep"]["log_evidence"]
+    sweep = tree["sweep"].to_dataset()
+    evidence = sweep["log_evidence"]
     flat = np.where(np.isfinite(evidence.values), evidence.values, -np.inf)
     where = np.unravel_index(int(np.argmax(flat)), flat.shape)
     return {
-        str(dim): float(tree["sweep"][dim].values[i])
+        str(dim): float(sweep[dim].values[i])
         for dim, i in zip(evidence.dims, where, strict=True)
         if dim in names
     }

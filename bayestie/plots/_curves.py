@@ -13,6 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from bayestie._errors import NameLookupError
 from bayestie._evidence import evidence
+from bayestie._pooling import pooling
+from bayestie._psis import good_k
+from bayestie._results import tie_records
 from bayestie.plots._axis import StrengthAxis, along_strength
 from bayestie.plots._style import (
     ACCENT,
@@ -20,6 +23,7 @@ from bayestie.plots._style import (
     BAND_90,
     DATA,
     MUTED,
+    NARROW_BELOW,
     PAPER,
     WIDE,
     house_style,
@@ -30,7 +34,6 @@ from bayestie.plots._style import (
 # A strength this many nats or score units below the best is out for certain: the axis ends there,
 # so that the range in question stays readable, and what lies below is marked at its edge.
 DEEPEST = 25.0
-BAD_PARETO_K = 0.7
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def scores_of(path: xr.DataTree) -> list[Score]:
     trusted = certified & ~estimates["disagreement"].values.astype(bool) & np.isfinite(error)
     found = [Score("Log evidence", estimates["combined"].values, 1.96 * np.nan_to_num(error), trusted)]
     if "elpd" in sweep and np.isfinite(sweep["elpd"].values).any():
-        trusted = certified & (sweep["max_pareto_k"].values <= BAD_PARETO_K)
+        trusted = certified & _good_pareto_k(path)
         found.append(
             Score("Predictive score (LOO elpd)", sweep["elpd"].values, sweep["elpd_se"].values, trusted)
         )
@@ -90,6 +93,37 @@ def plot_evidence(path: xr.DataTree, *, along: str | None = None, width: float =
         return figure
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Effective number of parameters at every strength; `most` is what it can reach, where known."""
+
+    title: str
+    values: Float[np.ndarray, " points"]
+    spread: Float[np.ndarray, " points"]
+    most: float | None
+    trusted: Bool[np.ndarray, " points"]
+
+
+def pooled_of(path: xr.DataTree) -> list[Pooled]:
+    """`pooling` of each tied site with 95% Monte Carlo intervals, else the model's p_loo, if stored."""
+    sweep = path["sweep"].to_dataset()
+    certified = sweep["certified"].values.astype(bool)
+    found = []
+    for name, record in tie_records(path).items():
+        if name not in path["posterior"] or f"{name}_z" not in path["posterior"]:
+            continue
+        pooled = pooling(path)[name].to_dataset()
+        values, spread = pooled["p_eff"].values, 1.96 * pooled["p_eff_error"].values
+        title = f"Effective number of parameters of {name} ({record['num_copies']} copies)"
+        found.append(Pooled(title, values, spread, float(pooled["p_eff_max"]), certified))
+    if not found and "p_loo" in sweep and np.isfinite(sweep["p_loo"].values).any():
+        trusted = certified & _good_pareto_k(path)
+        values = sweep["p_loo"].values
+        title = "Effective number of parameters of the model (p_loo)"
+        found.append(Pooled(title, values, np.zeros_like(values), None, trusted))
+    return found
+
+
 def plot_pooling(path: xr.DataTree, *, along: str | None = None, width: float = WIDE) -> Figure:
     """Draw the effective number of parameters against the prior strength.
 
@@ -99,34 +133,48 @@ def plot_pooling(path: xr.DataTree, *, along: str | None = None, width: float = 
         width: of the figure, in inches.
 
     Returns:
-        The figure of PSIS-LOO's p_loo: how many free parameters the fit at that strength is worth. It
-        rises from the count with everything shared to the count with nothing shared.
+        The figure: a panel per tied site with ``pooling``'s p_eff, its 95% Monte Carlo interval and, dashed,
+        the most it can be; without tied sites, PSIS-LOO's p_loo of the whole model.
 
     Raises:
-        NameLookupError: no swept dimension, or a keyword that was not swept.
+        NameLookupError: no swept dimension, a keyword that was not swept, or nothing stored to count with.
     """
     reduced, axis, remark = along_strength(path, along)
-    sweep = reduced["sweep"].to_dataset()
-    if "p_loo" not in sweep:
+    panels = pooled_of(reduced)
+    if not panels:
         raise NameLookupError(
             "path",
-            found="no p_loo in its group sweep",
-            expected="log_likelihood kept",
+            found="neither the coefficients of a tied site nor p_loo",
+            expected="one of them",
             fix="See keep= of sweep.",
         )
-    values = sweep["p_loo"].values
-    trusted = sweep["certified"].values.astype(bool) & (sweep["max_pareto_k"].values <= BAD_PARETO_K)
     with house_style():
-        figure = new_figure(width, 2.1)
-        axes = figure.subplots()
-        axis.curve(axes, values, ACCENT)
-        _mark(axes, axis, values, trusted)
-        quiet_grid(axes)
-        axes.set_ylim(0, max(1.0, 1.08 * float(np.max(values[np.isfinite(values)], initial=1.0))))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title("Effective number of parameters" + (f"  ({remark})" if remark else ""))
-        axis.dress(axes, room=width - 0.6)
+        figure = new_figure(width, 0.2 + 1.9 * len(panels))
+        for axes, pooled in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            axis.band(axes, pooled.values - pooled.spread, pooled.values + pooled.spread, BAND_90, 5.0)
+            axis.curve(axes, pooled.values, ACCENT)
+            _mark(axes, axis, pooled.values, pooled.trusted)
+            quiet_grid(axes)
+            top = float(np.nanmax(pooled.values + pooled.spread))
+            if pooled.most is not None and pooled.most < 3 * top:
+                axes.axhline(pooled.most, color=MUTED, lw=0.8, ls=(0, (4, 3)))
+                top = max(top, pooled.most)
+            axes.set_ylim(0, 1.08 * max(top, 0.5))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            lowest = pooled is panels[-1]
+            title = (
+                pooled.title
+                if width >= NARROW_BELOW
+                else pooled.title.replace("number of parameters", "number")
+            )
+            axes.set_title(title + (f"  ({remark})" if remark else ""))
+            axis.dress(axes, room=width - 0.6, labels=lowest)
         return figure
+
+
+def _good_pareto_k(path: xr.DataTree) -> Bool[np.ndarray, " points"]:
+    num_draws = path["posterior"].sizes["chain"] * path["posterior"].sizes["draw"]
+    return path["sweep"].to_dataset()["max_pareto_k"].values <= good_k(max(num_draws, 10))
 
 
 def _draw_score(axes: Axes, axis: StrengthAxis, score: Score) -> None:

@@ -69,7 +69,8 @@ def plot_strength_paths(
     with house_style():
         layout = [_rows_of(group, narrow) for group in groups]
         figure = new_figure(width, sum(sum(heights) for heights, _ in layout) + 0.25 * len(groups) + 0.3)
-        parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=[sum(h) for h, _ in layout]))
+        heights = [sum(h) for h, _ in layout]
+        parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, group, (heights, columns) in zip(parts, groups, layout, strict=True):
             part.set_facecolor("none")
             _draw_group(part, group, axis, heights, columns, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +89,13 @@ def plot_predictive(
         trees = {f"{axis.name} = {number(value)}": select(reduced, **{axis.name: value}) for value in chosen}
     else:
         trees = {"": path}
-    panels = [(title, check) for title, tree in trees.items() for check in checks_of(tree)]
+    return draw_checks([(title, check) for title, tree in trees.items() for check in checks_of(tree)], width)
+
+
+def draw_checks(
+    panels: list[tuple[str, Check]], width: float, limits: tuple[float, float] | None = None
+) -> Figure:
+    """A panel per check under its title; `limits` fixes the axis of values."""
     columns = min(len(panels), max(1, int(width / 2.3)))
     rows = -(-len(panels) // columns)
     height = max(_height(check, width) for _, check in panels)
@@ -98,11 +105,20 @@ def plot_predictive(
             rows, columns, squeeze=False, sharey=_can_share(panels), sharex=_can_share(panels)
         )
         for axes, (title, check) in zip(grid.ravel(), panels, strict=False):
-            _draw(axes, check)
+            _draw(axes, check, limits)
             axes.set_title(", ".join(part for part in (title, check.title) if part))
         for axes in grid.ravel()[len(panels) :]:
             axes.remove()
         return figure
+
+
+def check_limits(checks: Sequence[Check]) -> tuple[float, float]:
+    """Ends of a value axis that holds the observed values and 90% intervals of all checks."""
+    ends = [np.quantile(check.replicated, (0.05, 0.95), axis=0) for check in checks]
+    low = min(float(min(low.min(), c.observed.min())) for (low, _), c in zip(ends, checks, strict=True))
+    high = max(float(max(high.max(), c.observed.max())) for (_, high), c in zip(ends, checks, strict=True))
+    room = 0.04 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def checks_of(tree: xr.DataTree) -> list[Check]:
@@ -157,9 +173,8 @@ def _groups(tree: xr.DataTree, observed: xr.DataArray) -> tuple[np.ndarray, tupl
             continue
         (dim,) = record["copy_dims"]
         num_copies = record["num_copies"]
-        copy_labels = (
-            tuple(str(x) for x in tree["posterior"][site][dim].values) if site in tree["posterior"] else ()
-        )
+        posterior = tree["posterior"].to_dataset()
+        copy_labels = tuple(str(x) for x in posterior[dim].values) if dim in posterior else ()
         if dim in observed.dims and observed.ndim > 1:
             shape = [observed.sizes[d] if d == dim else 1 for d in observed.dims]
             codes = np.broadcast_to(np.arange(num_copies).reshape(shape), observed.shape).ravel()
@@ -214,7 +229,7 @@ def _height(check: Check, width: float) -> float:
     return 0.5 + 0.15 * num_items if num_items <= _MOST_ROWS and width < NARROW_BELOW else 2.3
 
 
-def _draw(axes: Axes, check: Check) -> None:
+def _draw(axes: Axes, check: Check, limits: tuple[float, float] | None) -> None:
     low90, low50, high50, high90 = np.quantile(
         check.replicated[:, check.order], (0.05, 0.25, 0.75, 0.95), axis=0
     )
@@ -231,6 +246,7 @@ def _draw(axes: Axes, check: Check) -> None:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(check.xlabel)
+        axes.set_xlim(limits)
         return
     axes.fill_between(places, low90, high90, color=BAND_90, lw=0, step="mid")
     axes.fill_between(places, low50, high50, color=BAND_50, lw=0, step="mid")
@@ -241,3 +257,4 @@ def _draw(axes: Axes, check: Check) -> None:
     mark_some(axes, labels, 3)
     axes.set_ylabel(check.xlabel)
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylim(limits)

@@ -1,0 +1,171 @@
+"""The parts of the report that are figures and tables, each with a caption and a text alternative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from bayestie._report._svg import inline_svg
+from bayestie._report._sweep_view import SweepView, Table
+from bayestie.plots import plot_evidence, plot_pooling, plot_strength_paths
+from bayestie.plots._paths import MOST_PANELS
+from bayestie.plots._style import number
+from bayestie.plots._values import Copies
+
+WIDE, NARROW = 7.2, 3.5
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure of the page: heading, drawings for wide and narrow screens, caption, numbers."""
+
+    key: str
+    heading: str
+    drawings: tuple[Markup, ...]
+    caption: tuple[str, ...]
+    table: Table | None = None
+
+
+def sections_of(view: SweepView) -> list[Section]:
+    """Strength paths, evidence with LOO, effective number of parameters."""
+    found = [_paths(view), _evidence(view)]
+    if view.pooled:
+        found.append(_pooling(view))
+    return found
+
+
+def _paths(view: SweepView) -> Section:
+    groups = view.groups
+    name = view.axis.name
+    num_copies = len(groups[0].labels)
+    what = [
+        "Each panel is one copy: the line is its posterior mean; the dark band holds it with probability "
+        f"one half, the pale band nine times in ten. Left, at small {name}, all copies are held together; "
+        "to the right each may go its own way."
+    ]
+    if num_copies > MOST_PANELS:
+        what = [
+            f"Above, the posterior mean of each copy against {name}: left they are held together, to the "
+            "right each may go its own way. Picked out are the copies that move farthest; below, each of "
+            "these with the bands that hold it with probability one half (dark) and nine times in ten (pale)."
+        ]
+    ends = [
+        text
+        for value, text in (
+            (0.0, "0 is hard sharing: one value for all."),
+            (np.inf, "∞ is no sharing: each copy by itself."),
+        )
+        if value in view.axis.values
+    ]
+    if ends:
+        what.append(" ".join(ends) + " The ends stand apart, because a log scale never reaches them.")
+    description = " ".join(_describe_paths(group, view) for group in groups)
+    return Section(
+        "paths",
+        "Where each copy goes as sharing loosens",
+        _drawings(view, "paths", description, lambda width: plot_strength_paths(view.tree, width=width)),
+        tuple(what),
+    )
+
+
+def _describe_paths(group: Copies, view: SweepView) -> str:
+    first, last = group.mean[0], group.mean[-1]
+    low, high = int(np.argmin(last)), int(np.argmax(last))
+    end = view.name_of(len(view.axis.values) - 1)
+    return (
+        f"Posterior means of {group.title} for {len(group.labels)} copies. At {view.name_of(0)} they lie "
+        f"between {first.min():.3g} and {first.max():.3g}; at {end} between "
+        f"{last[low]:.3g} ({group.labels[low]}) and {last[high]:.3g} ({group.labels[high]})."
+    )
+
+
+def _evidence(view: SweepView) -> Section:
+    sentences = []
+    for score in view.scores:
+        best = int(np.argmax(np.where(np.isfinite(score.values), score.values, -np.inf)))
+        ends = ", ".join(
+            f"{score.values[i] - score.values[best]:+.2f} at {view.name_of(i)}"
+            for i in (0, len(score.values) - 1)
+        )
+        sentences.append(f"{score.title} is highest at {view.name_of(best)}; against that, {ends}.")
+    caption = [
+        "The ring marks the best strength; heights are differences from it. Log evidence says how well each "
+        "strength predicted the data as a whole, before seeing them: one below the best is odds of 1 to 2.7, "
+        "three below, 1 to 20. The band is the Monte Carlo error (95%); exact numbers have none.",
+    ]
+    if len(view.scores) > 1:
+        caption.append(
+            "The predictive score says how well each observation is predicted from the others "
+            "(leave-one-out). Its band is one standard error over observations, most of which all strengths "
+            "share: differences between strengths are surer than the band suggests."
+        )
+    if any(not score.trusted.all() for score in view.scores):
+        caption.append(
+            "A red cross marks a number that must not be trusted; the table of diagnostics says why."
+        )
+    head = [view.axis.name]
+    for score in view.scores:
+        head += [score.title, "± 95%" if score is view.scores[0] else "± se"]
+    rows = [
+        (
+            number(value),
+            *(text for s in view.scores for text in (f"{s.values[i]:.2f}", f"{s.spread[i]:.2g}")),
+        )
+        for i, value in enumerate(view.axis.values)
+    ]
+    return Section(
+        "evidence",
+        "What the data say of each strength",
+        _drawings(view, "evidence", " ".join(sentences), lambda width: plot_evidence(view.tree, width=width)),
+        tuple(caption),
+        Table(tuple(head), tuple(rows)),
+    )
+
+
+def _pooling(view: SweepView) -> Section:
+    points = (0, view.best, len(view.axis.values) - 1)
+    description = " ".join(
+        f"{pooled.title}: " + ", ".join(f"{pooled.values[i]:.1f} at {view.name_of(i)}" for i in points) + "."
+        for pooled in view.pooled
+    )
+    caption = [
+        "How many freely chosen numbers the copies are worth at each strength: low on the left, where they "
+        "act as one; it rises as they come apart, and the data, not the prior, decide about each."
+    ]
+    if any(pooled.most is not None for pooled in view.pooled):
+        caption.append("A dashed line, where there is room for it, marks the most it can be.")
+    head = [view.axis.name]
+    for pooled in view.pooled:
+        head += [pooled.title, "± 95%"]
+    rows = [
+        (number(v), *(t for p in view.pooled for t in (f"{p.values[i]:.2f}", f"{p.spread[i]:.2g}")))
+        for i, v in enumerate(view.axis.values)
+    ]
+    return Section(
+        "pooling",
+        "How many parameters that amounts to",
+        _drawings(view, "pooling", description, lambda width: plot_pooling(view.tree, width=width)),
+        tuple(caption),
+        Table(tuple(head), tuple(rows)),
+    )
+
+
+def _drawings(
+    view: SweepView, key: str, description: str, draw: Callable[[float], Figure]
+) -> tuple[Markup, ...]:
+    steps = [float(view.axis.positions[point]) for point in view.steps]
+    return tuple(
+        inline_svg(
+            draw(width),
+            name=f"{key}-{screen}",
+            description=description,
+            classes=screen,
+            steps=steps,
+            step=view.steps.index(view.best),
+        )
+        for screen, width in (("wide", WIDE), ("narrow", NARROW))
+    )
