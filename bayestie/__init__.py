@@ -28,7 +28,7 @@ _HOMES = {
     "hard_vs_soft": "._strength",
     "compare": "._predict",
     "pooling": "._pooling",
-    "tension": "._pooling",
+    "tension": "._tension",
     "verdict": "._verdict",
     "report": "._report",
 }
@@ -62,12 +62,13 @@ if TYPE_CHECKING:
     from . import _errors as errors
     from . import plots
     from ._evidence import evidence
-    from ._pooling import pooling, tension
+    from ._pooling import pooling
     from ._predict import compare
     from ._report import report
     from ._results import load, save, select
     from ._strength import average, hard_vs_soft, strength_posterior
     from ._sweep import fit, strengths, sweep
+    from ._tension import tension
     from ._tied_normal import TiedNormal, TieReparam, tied
     from ._ties import Tie
     from ._verdict import verdict

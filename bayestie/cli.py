@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import Console
 
+RESULT_SUFFIXES = (".nc", ".zarr", ".nc4", ".netcdf")
+REPORT_SUFFIXES = (".html", ".htm")
 EXIT_BAD_INPUT, EXIT_NOT_CERTIFIED, EXIT_FILE, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 EPILOG = (
@@ -162,7 +164,7 @@ def report(
 
     tree = bt.load(results)
     target = html or results.with_suffix(".html")
-    _check_place(target)
+    _check_place(target, REPORT_SUFFIXES)
     bt.report(tree, target)
     _say(f"Report: {target}")
     _leave(tree)
@@ -219,20 +221,30 @@ class _Job:
         from bayestie._cli.loading import load_function
         from bayestie._cli.options import parse_dims, parse_set
 
-        for place in filter(None, (self.out, self.report)):
-            _check_place(place)
+        if self.out is not None:
+            _check_place(self.out, RESULT_SUFFIXES)
+        if self.report is not None:
+            _check_place(self.report, REPORT_SUFFIXES)
         function, module = load_function(self.model)
         columns, source = read_data(self.data, module)
         inputs = match_arguments(function, columns, source, parse_set(self.settings), self.over)
         if inputs.unused and not self.quiet:
             _console(stderr=True).print(f"[dim]Columns not used: {', '.join(inputs.unused)}[/]")
         labels = {"coords": inputs.coords, "dims": inputs.dims | parse_dims(self.dim_names)}
-        swept = {"over": self.over, "out": self.out} if self.over else {}
+        swept = {"over": self.over} if self.over else {}
         began = time.time()
         try:
             with _progress(self.quiet) as progress:
                 run = bt.sweep if self.over else bt.fit
-                tree = run(function, **inputs.arguments, **swept, **labels, **inference, progress=progress)
+                tree = run(
+                    function,
+                    **inputs.arguments,
+                    **swept,
+                    **labels,
+                    **inference,
+                    out=self.out,
+                    progress=progress,
+                )
         except KeyboardInterrupt:
             self._say_interrupted(began)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -241,8 +253,6 @@ class _Job:
     def _leave(self, tree: xr.DataTree) -> None:
         import bayestie as bt
 
-        if self.out is not None:
-            bt.save(tree, self.out)
         if self.report is not None:
             bt.report(tree, self.report)
         if not self.quiet:
@@ -262,8 +272,15 @@ class _Job:
             _warn("Interrupted before any strength was finished; nothing was written.")
 
 
-def _check_place(path: Path) -> None:
-    """Before the work, not after it: a place that cannot be written costs the whole run."""
+def _check_place(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Before the work, not after it: a place that cannot be written would cost the whole run."""
+    if path.suffix.lower() not in suffixes:
+        raise OutputError(
+            str(path),
+            found=f"the suffix '{path.suffix}'",
+            expected=f"one of {', '.join(suffixes)}",
+            fix=f"Name it, for example, {path.stem or 'path'}{suffixes[0]}.",
+        )
     folder = path.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(
@@ -278,10 +295,8 @@ def _check_place(path: Path) -> None:
 def _show(tree: xr.DataTree, at: list[dict[str, float]]) -> None:
     import bayestie as bt
     from bayestie._cli.view import overview
-    from bayestie._results import swept_names
 
-    words = str(bt.verdict(tree)) if swept_names(tree) else None
-    _console().print(overview(tree, words, at))
+    _console().print(overview(tree, str(bt.verdict(tree)), at))
 
 
 def _leave(tree: xr.DataTree) -> None:

@@ -42,7 +42,13 @@ Hard = Annotated[
     bool, typer.Option("--hard", metavar="", help="Add 0, one shared parameter.", rich_help_panel="Strengths")
 ]
 Free = Annotated[
-    bool, typer.Option("--free", metavar="", help="Add infinity, no sharing (forms copies and matched).", rich_help_panel="Strengths")
+    bool,
+    typer.Option(
+        "--free",
+        metavar="",
+        help="Add infinity, no sharing (forms copies and matched).",
+        rich_help_panel="Strengths",
+    ),
 ]
 Engine = Annotated[
     str,

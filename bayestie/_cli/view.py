@@ -139,12 +139,10 @@ def provenance(tree: xr.DataTree) -> Text:
     return Text(", ".join(parts), style="dim")
 
 
-def overview(tree: xr.DataTree, words: str | None, at: Sequence[Mapping[str, float]] = ()) -> RenderableType:
+def overview(tree: xr.DataTree, words: str, at: Sequence[Mapping[str, float]] = ()) -> RenderableType:
     """The answer first, then the strengths, then whatever parameters were asked for."""
-    blocks: list[RenderableType] = []
-    if words:
-        blocks.append(Panel(Text(words), title="[bold]answer[/]", title_align="left", border_style="cyan"))
-    blocks.append(Group(strengths_table(tree), *reasons(tree)))
+    answer = Panel(Text(words), title="[bold]answer[/]", title_align="left", border_style="cyan")
+    blocks: list[RenderableType] = [answer, Group(strengths_table(tree), *reasons(tree))]
     if not swept_names(tree):
         blocks.append(parameter_table(tree))
     blocks += [parameter_table(tree, point) for point in at]
