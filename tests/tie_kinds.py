@@ -34,11 +34,9 @@ def laplacian(tie: Tie) -> Tensor:
     """Dense L over copies and hubs, (K + c, K + c)."""
     size = tie.num_copies + tie.num_components
     dense = torch.zeros(size, size, dtype=torch.float64)
-    for (i, j), weight in zip(tie.edge_index.T.tolist(), tie.edge_weights.tolist(), strict=True):
-        dense[i, i] += weight
-        dense[j, j] += weight
-        dense[i, j] -= weight
-        dense[j, i] -= weight
+    i, j = tie.edge_index
+    dense[i, j] = dense[j, i] = -tie.edge_weights
+    dense.diagonal().copy_(-dense.sum(0))
     return dense
 
 
@@ -63,7 +61,7 @@ def dense_inverse(tie: Tie) -> Tensor:
 
 
 def dense_covariance(tie: Tie, sigma: float, scale: float | Tensor, form: str) -> Tensor:
-    """Prior covariance (K, K) of the copies straight from the definitions; `scale` of the base, per component or one."""
+    """Prior covariance (K, K) of the copies from the definitions; a base scale, or one per component."""
     scales = torch.as_tensor(scale, dtype=torch.float64).expand(tie.num_components)
     whole = torch.zeros(tie.num_copies, tie.num_copies, dtype=torch.float64)
     deviations, dense = dense_inverse(tie), laplacian(tie)
