@@ -163,6 +163,15 @@ def base_distribution(fn: Any) -> Any:
         fn = inner
 
 
+def _elementwise_family(fn: Any) -> type | None:
+    """The class of a univariate likelihood that its constructor's tensors rebuild, else None."""
+    base = base_distribution(fn)
+    constraint = getattr(type(base), "arg_constraints", None)
+    if base.event_shape or not isinstance(constraint, dict):
+        return None
+    return type(base) if any(name in base.__dict__ for name in constraint) else None
+
+
 class _Lane(Messenger):
     """Gives latent sites their value from a flat vector and adds up the log joint density.
 
@@ -186,7 +195,11 @@ class _Lane(Messenger):
         self.messages: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or _is_subsample(msg) or _is_enumerated(msg):
+        if msg["is_observed"] or msg["done"] or _is_subsample(msg):
+            return
+        if _is_enumerated(msg):
+            # Summed out by poutine.enum where the density is asked for; any category does elsewhere.
+            msg["value"], msg["done"] = msg["fn"].enumerate_support(expand=True)[0], True
             return
         site = self.sites[msg["name"]]
         x = self.position[site.slice].reshape(site.unconstrained_shape)
@@ -332,7 +345,21 @@ def _dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
 # Tracing a graph costs about as much as this many eager evaluations.
 TRACE_AFTER = 25
 
-RESERVED = ("over", "engine", "seed", "num_chains", "num_draws", "target_ess", "device", "dims", "coords")
+RESERVED = (
+    "over",
+    "engine",
+    "seed",
+    "num_chains",
+    "num_draws",
+    "target_ess",
+    "device",
+    "dims",
+    "coords",
+    "keep",
+    "guide",
+    "progress",
+    "out",
+)
 
 
 class LaneProgram:
@@ -375,6 +402,7 @@ class LaneProgram:
         self.kwargs = to_tensors(dict(kwargs or {}), dtype, self.device)
         self.argument_names = _argument_names(model, self.args)
         self.seed = seed
+        self.tie_strengths: dict[str, list[Any]] = {}  # tied site -> its sigma at every point, as first run
         self._first_runs()
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._calls: Counter[Any] = Counter()
@@ -403,6 +431,9 @@ class LaneProgram:
                     raise self._explain(error, first, keywords) from error
                 if point == 0:
                     self._read_sites(first.messages)
+                for name, site in first.messages.items():
+                    if "bayestie" in site["infer"]:
+                        self.tie_strengths.setdefault(name, []).append(site["infer"]["bayestie"]["sigma"])
 
     def _explain(self, error: Exception, first: _FirstRun, keywords: Mapping[str, Any]) -> BayestieError:
         arguments = dict(zip(self.argument_names, self.args, strict=False)) | self.kwargs
@@ -461,6 +492,7 @@ class LaneProgram:
         self.latent, self.observed, self.deterministic = latent, observed, deterministic
         self.enumerated = enumerated
         self.num_latent = start
+        self.observed_families = {name: _elementwise_family(messages[name]["fn"]) for name in observed}
         self.observed_values = {name: messages[name]["value"].detach() for name in observed}
         self.max_plate_nesting = max(
             (-f.dim for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized), default=0

@@ -16,7 +16,6 @@ from bayestie._engines._protocol import Draws, Task
 from bayestie._psis import psis
 
 MAX_ITERATIONS = 100
-MAX_POOL = 16_000  # importance draws per point at most
 _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
 
 
@@ -176,8 +175,13 @@ def _covariance_factor(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return factor, factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), positive
 
 
-def run_laplace(task: Task, fit: LaplaceFit | None = None) -> tuple[Draws, LaplaceFit]:
-    """Draws at every point, certified where they can be trusted, and the Gaussian fit they came from."""
+def run_laplace(
+    task: Task, fit: LaplaceFit | None = None, *, max_pool: int = 16
+) -> tuple[Draws, LaplaceFit]:
+    """Draws at every point, certified where they can be trusted, and the Gaussian fit they came from.
+
+    Pools of importance draws grow up to ``max_pool`` times what is stored.
+    """
     begin = time.perf_counter()
     points = task.points
     task.progress({"stage": "laplace", "message": "finding modes"})
@@ -188,14 +192,15 @@ def run_laplace(task: Task, fit: LaplaceFit | None = None) -> tuple[Draws, Lapla
     needed = (
         1.0 / max(1.0 / task.target_ess - 1.0 / wanted, 1e-9) if wanted > task.target_ess else task.target_ess
     )
+    limit = max_pool * wanted
     for _ in range(4):
-        growing = ~pool.exact & (pool.khat < 0.8) & (pool.ess < needed) & (pool.size < MAX_POOL)
+        growing = ~pool.exact & (pool.khat < 0.8) & (pool.ess < needed) & (pool.size < limit)
         if not bool(growing.any()):
             break
         index = torch.nonzero(growing).squeeze(1)
         ratio = float((needed / pool.ess[index]).max())
         size = int(pool.size[index].min())
-        pool.grow(index, min(MAX_POOL - size, int(size * min(max(1.3 * ratio - 1.0, 0.5), 7.0))))
+        pool.grow(index, min(limit - size, int(size * min(max(1.3 * ratio - 1.0, 0.5), 7.0))))
     draws = pool.draws(time.perf_counter() - begin, needed)
     task.progress(
         {"stage": "laplace", "strengths_done": sum(draws.certified), "certified": sum(draws.certified)}
@@ -276,6 +281,9 @@ class _Pool:
             ok, reason = self._verdict(i, exact, needed)
             certified.append(ok)
             reasons.append(reason)
+        first = torch.stack([x[: self.wanted] for x in self.value])
+        weight = torch.stack([x[: self.wanted] for x in self.log_weight])
+        first, weight = (torch.where(torch.isfinite(weight), x, -1e300) for x in (first, weight))
         return Draws(
             points=self.fit.points,
             position=torch.stack(positions),
@@ -289,6 +297,7 @@ class _Pool:
             log_evidence=torch.stack(evidence),
             log_evidence_error=torch.stack(errors),
             seconds=torch.full((count,), seconds / count, dtype=torch.float64),
+            pool={"lp": first, "laplace_log_density": first - weight},
         )
 
     def _resample(self, i: int) -> Tensor:

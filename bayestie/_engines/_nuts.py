@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayestie._diagnostics import effective_sample_size, split_rhat
 from bayestie._engines._laplace import LaplaceFit, fit_laplace
-from bayestie._engines._protocol import Draws, Task
+from bayestie._engines._protocol import Draws, Interrupted, Task
 
 MAX_DEPTH = 10
 MAX_ENERGY_ERROR = 1000.0
@@ -335,76 +335,89 @@ class _Sampler:
         self.z = self.z / ratio.unsqueeze(1)
 
     def sample(self) -> Draws:
-        task, chains = self.task, self.task.num_chains
-        count, dim = len(self.points), self.fit.mode.shape[1]
-        kept: list[list[Tensor]] = [[] for _ in range(count)]
-        kept_stats: list[list[dict[str, Tensor]]] = [[] for _ in range(count)]
-        quality: list[tuple[float, float, float]] = [(float("inf"), 0.0, 0.0)] * count
+        """Rounds of ``num_draws`` until every quantity of a point is good; good points drop out."""
+        count = len(self.points)
+        self.kept: list[list[Tensor]] = [[] for _ in range(count)]
+        self.kept_stats: list[list[dict[str, Tensor]]] = [[] for _ in range(count)]
+        self.quality = [(float("inf"), 0.0, 0.0)] * count
+        self.all_points = self.points
         active = torch.arange(count, device=self.points.device)
-        whole = (self.points, self.fit, self.scale, self.z, self.step.log_step)
-        lanes = self._lanes()
-        for round_number in range(MAX_ROUNDS):
-            result = self._run(lanes, task.num_draws, adapt=False)
-            position = torch.stack([
-                self.fit.take(torch.tensor([i])).to_position((result.z[i].flatten(0, 1) * self.scale[i]).unsqueeze(0))
-                .reshape(chains, task.num_draws, dim) for i in range(len(active))
-            ])  # fmt: skip
-            still = []
-            for row, i in enumerate(active.tolist()):
-                kept[i].append(position[row])
-                kept_stats[i].append({name: x[row] for name, x in result.stats.items()})
-                draws = torch.cat(kept[i], 1)
-                quality[i] = _quality(draws)
-                if not _good(quality[i], task.target_ess):
-                    still.append(row)
-            done = count - len(still)
-            task.progress(
-                {
-                    "stage": "nuts",
-                    "strengths_done": done,
-                    "strengths_total": count,
-                    "draws_done": (round_number + 1) * task.num_draws * chains,
-                    "min_ess": min(min(q[1], q[2]) for q in quality),
-                }
-            )
-            if not still or round_number == MAX_ROUNDS - 1:
-                break
-            rows = torch.tensor(still, device=self.points.device)
-            active, self.points, self.fit = active[rows], self.points[rows], self.fit.take(rows)
-            self.scale, self.z = self.scale[rows], self.z[rows]
-            self.step.log_step = self.step.log_step[rows]
-            self.step.restart()
-            lanes = self._lanes()
-        self.points, self.fit, self.scale, self.z, _ = whole
-        return self._draws(kept, kept_stats, quality)
+        try:
+            for round_number in range(MAX_ROUNDS):
+                bad = self._round(active)
+                if not len(bad) or round_number == MAX_ROUNDS - 1:
+                    break
+                active = active[bad]
+                self._keep_only(bad)
+        except KeyboardInterrupt as interrupt:
+            good = [i for i in range(count) if _good(self.quality[i], self.task.target_ess)]
+            raise Interrupted(self._draws(good)) from interrupt
+        return self._draws(list(range(count)))
 
-    def _draws(
-        self,
-        kept: list[list[Tensor]],
-        kept_stats: list[list[dict[str, Tensor]]],
-        quality: list[tuple[float, float, float]],
-    ) -> Draws:
-        task, count = self.task, len(self.points)
-        positions, stats, certified, reasons = [], [], [], []
-        for i in range(count):
-            draws = torch.cat(kept[i], 1)
+    def _round(self, active: Tensor) -> Tensor:
+        """One round at the active points; the rows of those that need more."""
+        task, chains, dim = self.task, self.task.num_chains, self.fit.mode.shape[1]
+        result = self._run(self._lanes(), task.num_draws, adapt=False)
+        z = result.z.flatten(1, 2) * self.scale.unsqueeze(1)
+        position = self.fit.to_position(z).reshape(len(active), chains, task.num_draws, dim)
+        still = []
+        for row, i in enumerate(active.tolist()):
+            self.kept[i].append(position[row])
+            self.kept_stats[i].append({name: x[row] for name, x in result.stats.items()})
+            self.quality[i] = self._quality(self.points[row : row + 1], torch.cat(self.kept[i], 1))
+            if not _good(self.quality[i], task.target_ess):
+                still.append(row)
+        count = len(self.all_points)
+        task.progress(
+            {
+                "stage": "nuts",
+                "strengths_done": task.num_points - len(still),
+                "strengths_total": task.num_points,
+                "draws_done": sum(x.shape[0] * x.shape[1] for k in self.kept for x in k),
+                "min_ess": min(min(q[1], q[2]) for q in self.quality),
+                "message": f"{count - len(still)} of {count} strengths mixed",
+            }
+        )
+        return torch.tensor(still, dtype=torch.long, device=self.points.device)
+
+    def _keep_only(self, rows: Tensor) -> None:
+        self.points, self.fit = self.points[rows], self.fit.take(rows)
+        self.scale, self.z = self.scale[rows], self.z[rows]
+        self.step.log_step = self.step.log_step[rows]
+        self.step.restart()
+
+    def _quality(self, point: Tensor, draws: Tensor) -> tuple[float, float, float]:
+        """(max R-hat, min bulk ESS, min tail ESS) over latents and all posterior variables of a point."""
+        if self.task.quantities is not None:
+            draws = torch.cat([draws, self.task.quantities(point, draws.unsqueeze(0))[0]], -1)
+        return quality(draws)
+
+    def _draws(self, rows: list[int]) -> Draws:
+        task = self.task
+        positions, stats, certified, reasons, total_divergences = [], [], [], [], []
+        for i in rows:
+            draws = torch.cat(self.kept[i], 1)
             thin = draws.shape[1] // task.num_draws
             positions.append(draws[:, ::thin][:, : task.num_draws])
-            joined = {name: torch.cat([s[name] for s in kept_stats[i]], 1) for name in kept_stats[i][0]}
+            joined = {name: torch.cat([s[name] for s in self.kept_stats[i]], 1) for name in STATISTICS}
             divergences = int(joined["diverging"].sum())
-            # A thinned chain keeps the count of divergences: they are spread over what is stored.
             stats.append({name: x[:, ::thin][:, : task.num_draws] for name, x in joined.items()})
-            ok, reason = _verdict(quality[i], divergences, joined["diverging"].numel(), task.target_ess)
+            ok, reason = _verdict(self.quality[i], divergences, joined["diverging"].numel(), task.target_ess)
             certified.append(ok)
             reasons.append(reason)
-        seconds = (time.perf_counter() - self.begin) / count
+            total_divergences.append(divergences)
+        count = len(rows)
+        seconds = (time.perf_counter() - self.begin) / max(1, len(self.all_points))
         nan = torch.full((count,), torch.nan, dtype=torch.float64)
-        merged = {name: torch.stack([s[name] for s in stats]) for name in stats[0]}
+        merged = {
+            name: torch.stack([s[name] for s in stats]) if stats else self.z.new_empty(0, task.num_chains, task.num_draws)
+            for name in STATISTICS
+        }
         lp = merged.pop("lp")
         merged["diverging"] = merged["diverging"] > 0
         return Draws(
-            points=self.points,
-            position=torch.stack(positions),
+            points=self.all_points[torch.tensor(rows, dtype=torch.long, device=self.all_points.device)],
+            position=torch.stack(positions) if positions else self.z.new_empty(0, *lp.shape[1:], self.z.shape[2]),
             log_density=lp,
             engine=["nuts"] * count,
             certified=certified,
@@ -415,14 +428,19 @@ class _Sampler:
             log_evidence=nan.to(lp),
             log_evidence_error=nan.to(lp),
             seconds=torch.full((count,), seconds, dtype=torch.float64),
+            quality=torch.tensor([self.quality[i] for i in rows], dtype=torch.float64).reshape(count, 3),
+            divergences=torch.tensor(total_divergences, dtype=torch.long),
             stats=merged,
         )
 
 
-def _quality(draws: Tensor) -> tuple[float, float, float]:
-    """(max R-hat, min bulk ESS, min tail ESS) over the unconstrained latents of (chains, draws, D)."""
-    bulk, tail = effective_sample_size(draws)
-    return float(split_rhat(draws).max()), float(bulk.min()), float(tail.min())
+def quality(draws: Tensor) -> tuple[float, float, float]:
+    """(max R-hat, min bulk ESS, min tail ESS) over the columns of (chains, draws, Q) that vary."""
+    moving = draws[..., draws.amax((0, 1)) > draws.amin((0, 1))]
+    if moving.shape[-1] == 0:
+        return float("inf"), 0.0, 0.0
+    bulk, tail = effective_sample_size(moving)
+    return float(split_rhat(moving).max()), float(bulk.min()), float(tail.min())
 
 
 def _good(quality: tuple[float, float, float], target_ess: float) -> bool:

@@ -1,5 +1,6 @@
 """What an engine is given and what it gives back."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ class Task:
     seed: int
     progress: Callable[[dict[str, Any]], None]
     options: dict[str, Any] = field(default_factory=dict)
+    # (points, positions (P, chains, draws, D)) -> all posterior variables (P, chains, draws, Q)
+    quantities: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def points(self) -> Tensor:
@@ -38,6 +41,14 @@ class Task:
         """Standard normals of their own stream ``key``."""
         noise = self.generator(*key).standard_normal(shape)
         return torch.as_tensor(noise, dtype=self.program.dtype, device=self.program.device)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during an engine; ``draws`` holds the points that were finished."""
+
+    def __init__(self, draws: "Draws"):
+        super().__init__()
+        self.draws = draws
 
 
 @dataclass
@@ -59,7 +70,33 @@ class Draws:
     log_evidence: Tensor
     log_evidence_error: Tensor
     seconds: Tensor
+    # (P, 3): max R-hat, min bulk and min tail effective sample size over all draws made, thinned or not;
+    # NaN where the engine draws independently.
+    quality: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    divergences: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (P,)
     stats: dict[str, Tensor] = field(default_factory=dict)  # (P, chains, draws) each
+    # lp and laplace_log_density (P, n) at independent draws from the Laplace Gaussian, for bridge sampling
+    pool: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.points)
+        if len(self.quality) != count:
+            self.quality = torch.full((count, 3), torch.nan, dtype=torch.float64)
+        if len(self.divergences) != count:
+            self.divergences = torch.zeros(count, dtype=torch.long)
+
+    def take(self, rows: list[int]) -> "Draws":
+        """The draws of the points in ``rows``."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.points.device)
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[index.to(value.device)]
+            if isinstance(value, dict):
+                return {name: pick(x) for name, x in value.items()}
+            return [value[i] for i in rows]
+
+        return Draws(**{f.name: pick(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def replace(self, other: "Draws") -> None:
         """Take over another engine's draws at its points, in place."""
@@ -70,8 +107,11 @@ class Draws:
                 getattr(self, name)[i] = getattr(other, name)[j]
             for name in ("engine", "certified", "reason", "exact"):
                 getattr(self, name)[i] = getattr(other, name)[j]
-            for name in ("khat", "ess_weights", "log_evidence", "log_evidence_error"):
+            for name in ("ess_weights", "quality", "divergences"):
                 getattr(self, name)[i] = getattr(other, name)[j]
+            if torch.isfinite(other.log_evidence[j]):  # else the evidence of the draws replaced stands
+                for name in ("khat", "log_evidence", "log_evidence_error"):
+                    getattr(self, name)[i] = getattr(other, name)[j]
             self.seconds[i] += other.seconds[j]
             for name, values in other.stats.items():
                 if name not in self.stats:

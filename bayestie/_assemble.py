@@ -1,0 +1,375 @@
+"""Draws of an engine -> the results tree: arrays collected, measured, labelled."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
+from bayestie._diagnostics import effective_sample_size
+from bayestie._engines import Draws, LaplaceFit, Task
+from bayestie._errors import NameLookupError, OptionError
+from bayestie._psis import psis
+from bayestie._results import build_tree
+
+KEEP = ("posterior", "log_likelihood", "log_prior", "posterior_predictive")
+# Pointwise log likelihoods beyond this many bytes are summarised (elpd) and not stored unless asked for.
+LOG_LIKELIHOOD_BYTES = 600_000_000
+SAMPLE_STATS = {
+    "diverging": False,
+    "tree_depth": 0,
+    "n_steps": 0,
+    "acceptance_rate": 1.0,
+    "step_size": 0.0,
+}
+
+
+class Assembly:
+    """How one run's draws become its tree."""
+
+    def __init__(
+        self,
+        task: Task,
+        swept: Mapping[str, np.ndarray],
+        attrs: dict[str, Any],
+        keep: Sequence[str] | None,
+        dims: Mapping[str, Sequence[str]],
+        coords: Mapping[str, Sequence[Any]],
+    ):
+        unknown = sorted(set(keep or ()) - set(KEEP))
+        if unknown:
+            raise OptionError(
+                "keep", found=repr(unknown[0]), expected=f"names among {', '.join(KEEP)}", fix="Correct the name."
+            )
+        self.task, self.program = task, task.program
+        self.swept, self.attrs, self.keep = dict(swept), attrs, keep
+        self.ties = tie_uses(self.program)
+        self.coords = dict(coords)
+        self.dims = self._named_dims(dims)
+
+    # -- labels ----------------------------------------------------------------------------------------
+
+    def _named_dims(self, given: Mapping[str, Sequence[str]]) -> dict[str, list[str | None]]:
+        program = self.program
+        sites = {**program.latent, **program.observed, **program.deterministic}
+        arguments = self._arguments()
+        for name in given:
+            if name not in sites and name not in arguments:
+                raise NameLookupError(
+                    f"dims['{name}']",
+                    found="no such site or argument of the model",
+                    expected=f"one of {sorted([*sites, *arguments])}",
+                    fix="Correct the name.",
+                )
+        dims: dict[str, list[str | None]] = {name: list(site.dims) for name, site in sites.items()}
+        sizes: dict[int, list[str]] = {}
+        for plate, size in program.plates.items():
+            sizes.setdefault(size, []).append(plate)
+        for use in self.ties:
+            # Copies that are as many as a plate's rows, and no other plate's, carry the plate's name.
+            same = sizes.get(use.tie.num_copies, [])
+            if len(same) == 1 and dims[use.name][0] is None:
+                dims[use.name][0] = same[0]
+            if use.name in given:
+                dims[use.name] = list(given[use.name])
+            z = f"{use.name}_z"
+            if z in dims and use.tie.kind == "exchangeable" and z not in given:
+                dims[z] = list(dims[use.name])
+        for name in arguments:
+            shape = tuple(arguments[name].shape)
+            own = [sizes.get(n, []) for n in shape]
+            dims.setdefault(name, [s[0] if len(s) == 1 else None for s in own])
+        return dims | {name: list(value) for name, value in given.items()}
+
+    def _arguments(self) -> dict[str, Tensor]:
+        """Tensor arguments of the model by name, without NaN or infinity."""
+        program = self.program
+        pairs = {**dict(zip(program.argument_names, program.args, strict=True)), **program.kwargs}
+        taken = {*program.latent, *program.observed, *program.deterministic}
+        return {
+            name: value
+            for name, value in pairs.items()
+            if isinstance(value, Tensor) and bool(torch.isfinite(value).all()) and name not in taken
+        }
+
+    # -- the tree --------------------------------------------------------------------------------------
+
+    def partial(self, draws: Draws, seconds: float) -> xr.DataTree:
+        """The finished points of an interrupted sweep; over several swept keywords, flattened first to last."""
+        (name, values), *others = self.swept.items()
+        assert not others, "interrupted grids are cut to whole rows before they come here"
+        self.swept = {name: values[draws.points.cpu().numpy()]}
+        self.attrs["interrupted"] = 1
+        return self.tree(draws, None, time.perf_counter() - seconds)
+
+    def tree(self, draws: Draws, gaussian: LaplaceFit | None, begin: float) -> xr.DataTree:
+        program = self.program
+        arrays = collect(program, draws.points, draws.position, self._wanted(draws))
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in arrays.items():
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = value
+        groups["sample_stats"] = self._sample_stats(draws, gaussian)
+        loo = self._leave_one_out(groups.get("log_likelihood", {}), draws)
+        thinned = self._predictive(groups)
+        groups.pop("parameter", None)
+        if not self._stores("log_likelihood", groups):
+            groups.pop("log_likelihood", None)
+        if self.keep is not None:
+            for group in ("posterior", "log_prior", "posterior_predictive"):
+                if group not in self.keep:
+                    groups.pop(group, None)
+        groups["observed_data"] = {n: v.cpu().numpy() for n, v in program.observed_values.items()}
+        groups["constant_data"] = {n: v.cpu().numpy() for n, v in self._arguments().items()}
+        groups["sweep"] = self._sweep_group(draws, groups, arrays, loo)
+        groups = {group: self._shaped(group, variables) for group, variables in groups.items() if variables}
+        attrs = {
+            **self.attrs,
+            "ties": self._tie_records(),
+            "seconds_total": round(time.perf_counter() - begin, 4),
+        }
+        event_dims: dict[str, Sequence[str | None]] = dict(self.dims)
+        tree = build_tree(
+            swept=self.swept,
+            groups=groups,
+            event_dims={n: d for n, d in event_dims.items() if any(n in g for g in groups.values())},
+            coords=self.coords,
+            attrs=attrs,
+            group_coords={"posterior_predictive": {"draw": thinned}} if "posterior_predictive" in groups else None,
+        )
+        if draws.pool:
+            tree["laplace_draws"] = self._pool(draws)
+        return tree
+
+    def _wanted(self, draws: Draws) -> Any:
+        def wanted(key: str) -> bool:
+            group = key.split("/", 1)[0]
+            if group == "parameter":
+                return self.keep is None or "posterior_predictive" in self.keep
+            if group == "log_likelihood":
+                return self.keep is None or "log_likelihood" in self.keep
+            return True
+
+        return wanted
+
+    def _stores(self, group: str, groups: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
+        if self.keep is not None:
+            return group in self.keep
+        return sum(x.nbytes for x in groups.get(group, {}).values()) <= LOG_LIKELIHOOD_BYTES
+
+    def _shaped(self, group: str, variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays (points, ...) to (*swept, ...)."""
+        if group in ("observed_data", "constant_data"):
+            return variables
+        lead = tuple(len(v) for v in self.swept.values())
+        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in variables.items()}
+
+    def _sample_stats(self, draws: Draws, gaussian: LaplaceFit | None) -> dict[str, np.ndarray]:
+        lp = draws.log_density.cpu().numpy()
+        stats = {"lp": lp}
+        if gaussian is not None:
+            flat = draws.position.flatten(1, 2)
+            stats["laplace_log_density"] = gaussian.log_density(flat).reshape(lp.shape).cpu().numpy()
+        for name, neutral in SAMPLE_STATS.items():
+            found = draws.stats.get(name)
+            kind = type(neutral) if not isinstance(neutral, int) or isinstance(neutral, bool) else np.int64
+            stats[name] = np.full(lp.shape, neutral, kind) if found is None else found.cpu().numpy().astype(kind)
+        energy = draws.stats.get("energy")
+        stats["energy"] = -lp if energy is None else np.where(energy.cpu() == 0, -lp, energy.cpu().numpy())
+        return stats
+
+    def _predictive(self, groups: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
+        chains, length = self.task.num_chains, self.task.num_draws
+        step = max(1, length // max(1, PREDICTIVE_DRAWS // chains))
+        thinned = np.arange(0, length, step)
+        parameters: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in groups.get("parameter", {}).items():
+            site, name = key.rsplit("/", 1)
+            parameters.setdefault(site, {})[name] = value[:, :, thinned]
+        drawn = {s: predict(self.program, s, p, self.task.seed + 7919) for s, p in parameters.items()}
+        if drawn:
+            groups["posterior_predictive"] = drawn
+        return thinned
+
+    def _leave_one_out(
+        self, log_likelihood: Mapping[str, np.ndarray], draws: Draws
+    ) -> dict[str, np.ndarray] | None:
+        """PSIS-LOO at every point, observations of all sites together."""
+        if not log_likelihood:
+            return None
+        count = len(draws.points)
+        out: dict[str, list[float]] = {name: [] for name in ("elpd", "elpd_se", "p_loo", "max_pareto_k")}
+        for i in range(count):
+            rows = np.concatenate([x[i].reshape(-1, math.prod(x.shape[3:])) for x in log_likelihood.values()], 1)
+            log_density = torch.as_tensor(rows).mT.contiguous()
+            weights, khat = psis(-log_density)
+            pointwise = torch.logsumexp(weights + log_density, 1)
+            mean = torch.logsumexp(log_density, 1) - math.log(log_density.shape[1])
+            out["elpd"].append(float(pointwise.sum()))
+            out["elpd_se"].append(float(pointwise.std() * math.sqrt(len(pointwise))) if len(pointwise) > 1 else 0.0)
+            out["p_loo"].append(float((mean - pointwise).sum()))
+            out["max_pareto_k"].append(float(khat.max()))
+        return {name: np.asarray(values) for name, values in out.items()}
+
+    def _sweep_group(
+        self,
+        draws: Draws,
+        groups: Mapping[str, Mapping[str, np.ndarray]],
+        arrays: Mapping[str, np.ndarray],
+        loo: dict[str, np.ndarray] | None,
+    ) -> dict[str, np.ndarray]:
+        count = len(draws.points)
+        quality = draws.quality.cpu().numpy().copy()
+        for i in range(count):
+            if np.isnan(quality[i, 0]):
+                quality[i] = self._independent_quality(arrays, i, float(draws.ess_weights[i]))
+        out = {
+            "engine": np.array(draws.engine),
+            "certified": np.array(draws.certified, dtype=bool),
+            "reason": np.array(draws.reason),
+            "exact": np.array(draws.exact, dtype=bool),
+            "log_evidence": draws.log_evidence.cpu().numpy(),
+            "log_evidence_error": draws.log_evidence_error.cpu().numpy(),
+            "khat": draws.khat.cpu().numpy(),
+            "ess_weights": draws.ess_weights.cpu().numpy(),
+            "max_rhat": quality[:, 0],
+            "min_ess_bulk": quality[:, 1],
+            "min_ess_tail": quality[:, 2],
+            "divergences": draws.divergences.cpu().numpy(),
+            "seconds": draws.seconds.cpu().numpy(),
+        }
+        if loo is not None:
+            out |= loo
+        for use in self.ties:
+            swept = self._sigma_from(use)
+            if swept is None or use.tie.num_components > 1:
+                continue
+            values = np.array([float(self.program.swept[swept][p]) for p in draws.points])
+            if use.tie.scaled:
+                out[f"sigma_raw_{use.name}"] = values / math.sqrt(float(use.tie.scale_factor.reshape(-1)[0]))
+            else:
+                out[f"sigma_scaled_{use.name}"] = values * math.sqrt(float(use.tie.typical_variance.reshape(-1)[0]))
+        return out
+
+    def _independent_quality(self, arrays: Mapping[str, np.ndarray], i: int, ess_weights: float) -> np.ndarray:
+        """R-hat and ESS of the stored rows, the ESS no larger than weights and resampling leave."""
+        columns = [
+            torch.as_tensor(x[i]).reshape(*x.shape[1:3], -1)
+            for key, x in arrays.items()
+            if key.startswith("posterior/") and x.dtype.kind == "f"
+        ]
+        joined = torch.cat(columns, -1)
+        joined = joined[..., joined.amax((0, 1)) > joined.amin((0, 1))]
+        bulk, tail = (float(x.min()) for x in effective_sample_size(joined))
+        total = joined.shape[0] * joined.shape[1]
+        ceiling = 1.0 / (1.0 / total + (0.0 if math.isinf(ess_weights) else 1.0 / ess_weights))
+        return np.array([1.0, min(bulk, ceiling), min(tail, ceiling)])
+
+    def _pool(self, draws: Draws) -> xr.Dataset:
+        lead = tuple(len(v) for v in self.swept.values())
+        dims = (*self.swept, "laplace_draw")
+        data = {name: (dims, x.cpu().numpy().reshape(*lead, -1)) for name, x in draws.pool.items()}
+        return xr.Dataset(data, coords={name: values for name, values in self.swept.items()})
+
+    # -- ties ------------------------------------------------------------------------------------------
+
+    def _sigma_from(self, use: TieUse) -> str | None:
+        """The swept keyword that is this tie's sigma at every point, if one is."""
+        seen = self.program.tie_strengths[use.name]
+        if any(isinstance(s, Tensor) and s.numel() != 1 for s in seen):
+            return None
+        found = np.array([float(s) for s in seen])
+        for name, values in self.program.swept.items():
+            if np.array_equal(found, values.cpu().numpy()):
+                return name
+        return None
+
+    def _tie_records(self) -> str:
+        records = {}
+        for use in self.ties:
+            about = use.about
+            base = about["base"]
+            record = {
+                **use.tie.describe(),
+                "form": about["form"],
+                "event_shape": list(about["event_shape"]),
+                "sigma_from": self._sigma_from(use),
+                "copy_dims": [self._copy_dim(use)],
+                **_describe_base(base),
+            }
+            tril = about.get("event_scale_tril")
+            if tril is not None:
+                record["event_scale_tril"] = "learned" if self._moves(use, tril) else tril.tolist()
+            record["sigma_elsewhere"] = self._sigma_elsewhere(use)
+            records[use.name] = record
+        return json.dumps(records)
+
+    def _copy_dim(self, use: TieUse) -> str:
+        names = self.dims.get(use.name) or [None]
+        return names[0] or f"{use.name}_dim_0"
+
+    def _moves(self, use: TieUse, tril: Tensor) -> bool:
+        """Whether the event's correlation depends on latents: a second run at other values tells."""
+        found = []
+        for shift in (0.1, 0.4):
+            position = torch.full((self.program.num_latent,), shift, dtype=self.program.dtype)
+            with self.program.quiet():
+                inputs = self.program.point_inputs(torch.tensor([0]))
+                one = inputs.unflatten([x[0] for x in inputs.flat()])
+                lane = self.program.run_lane(position, one)
+            found.append(lane.messages[use.name]["infer"]["bayestie"]["event_scale_tril"])
+        return not torch.equal(*found)
+
+    def _sigma_elsewhere(self, use: TieUse) -> bool:
+        """Whether a site beside this tie's own depends on the swept sigma, its copies held still."""
+        name = self._sigma_from(use)
+        values = self.program.swept.get(name) if name is not None else None
+        if values is None:
+            return False
+        usable = torch.nonzero((values > 0) & torch.isfinite(values)).squeeze(1)
+        if len(usable) < 2:
+            return False
+        program, own = self.program, {use.name, f"{use.name}_z", f"{use.name}_level", f"{use.name}_level_z"}
+        generator = torch.Generator().manual_seed(1)
+        position = 0.3 * torch.randn(program.num_latent, dtype=program.dtype, generator=generator)
+        position = position.to(program.device)
+        first, second = (program.point_inputs(usable[[i]]) for i in (0, -1))
+        with torch.no_grad(), program.quiet():
+            before = program.run_lane(position, first.unflatten([x[0] for x in first.flat()]))
+            inputs = second.unflatten([x[0] for x in second.flat()])
+            about = program.run_lane(position, inputs).messages[use.name]["infer"]["bayestie"]
+            level, z = about["prior"].split(before.messages[use.name]["value"])
+            moved = position.clone()
+            if z is not None and f"{use.name}_z" in program.latent:
+                moved[program.latent[f"{use.name}_z"].slice] = z.reshape(-1)
+            if f"{use.name}_level" in program.latent:
+                site = program.latent[f"{use.name}_level"]
+                if site.unconstrained_shape == site.shape == tuple(level.shape):
+                    moved[site.slice] = level.reshape(-1)
+            after = program.run_lane(moved, inputs)
+        for site, density in before.log_densities.items():
+            if site not in own and not torch.allclose(density, after.log_densities[site], rtol=1e-7, atol=1e-8):
+                return True
+        return False
+
+
+def _describe_base(base: Any) -> dict[str, Any]:
+    if not isinstance(base, torch.distributions.Distribution):
+        value = torch.as_tensor(base, dtype=torch.float64)
+        return {"base": f"{float(value):g} (known)" if value.numel() == 1 else "known", "base_known": value.tolist()}
+    inner = base
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    loc, scale = getattr(inner, "loc", None), getattr(inner, "scale", None)
+    text = type(inner).__name__
+    if isinstance(loc, Tensor) and isinstance(scale, Tensor):
+        one = loc.unique().numel() == 1 and scale.unique().numel() == 1
+        text += f"({float(loc.flatten()[0]):g}, {float(scale.flatten()[0]):g})" if one else "(...)"
+        return {"base": text, "base_loc": loc.tolist(), "base_scale": scale.tolist()}
+    return {"base": text}

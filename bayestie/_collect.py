@@ -1,0 +1,138 @@
+"""Draws of a lane program -> named arrays: sites, log likelihood, log prior, tie energies, predictions."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayestie._density import MAX_ELEMENTS
+from bayestie._program import LaneInputs, LaneProgram, base_distribution
+
+PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
+
+
+@dataclass(frozen=True)
+class TieUse:
+    """A `tied` statement of the model: the tie, its form and how its strength depends on the sweep."""
+
+    name: str
+    about: dict[str, Any]
+
+    @property
+    def tie(self) -> Any:
+        return self.about["tie"]
+
+
+def tie_uses(program: LaneProgram) -> list[TieUse]:
+    """The tied statements, as the validated run saw them."""
+    return [
+        TieUse(name, dict(site.infer["bayestie"]))
+        for name, site in program.deterministic.items()
+        if "bayestie" in site.infer
+    ]
+
+
+def describe_lane(program: LaneProgram, position: Tensor, inputs: LaneInputs) -> dict[str, Tensor]:
+    """Everything the results keep of one draw, by group/name."""
+    parameters: dict[str, Tensor] = {}
+
+    def see(msg: Any) -> None:
+        base, site = base_distribution(msg["fn"]), msg["name"]
+        if program.observed_families[site] is None:
+            return
+        for name in type(base).arg_constraints:
+            value = base.__dict__.get(name)
+            if isinstance(value, Tensor):
+                parameters[f"parameter/{site}/{name}"] = value.expand(program.observed[site].shape)
+
+    lane = program.run_lane(position, inputs, on_observed=see)
+    out: dict[str, Tensor] = {}
+    for name in (*program.latent, *program.deterministic):
+        out[f"posterior/{name}"] = lane.messages[name]["value"]
+    for name in program.observed:
+        out[f"log_likelihood/{name}"] = lane.log_densities[name]
+    tied_z = set()
+    for name in program.deterministic:
+        about = lane.messages[name]["infer"].get("bayestie")
+        if about is None:
+            continue
+        prior, z = about["prior"], about["z"]
+        tied_z.add(f"{name}_z")
+        event = tuple(about["event_shape"])
+        zero = position.new_zeros(())
+        out[f"log_prior/{name}"] = zero if z is None else prior.deviation_log_prob(z)
+        out[f"tie_energy/{name}"] = zero.expand(event) if z is None else prior.energy(z).expand(event)
+    for name in program.latent:
+        if name not in tied_z:
+            out[f"log_prior/{name}"] = lane.log_densities[name].sum()
+    return out | parameters
+
+
+def quantities(program: LaneProgram, points: Tensor, position: Tensor) -> Tensor:
+    """All posterior variables of draws (P, chains, draws, D) as columns (P, chains, draws, Q)."""
+    lead = position.shape[:-1]
+    arrays = _vectorised(program, points, position, lambda key: key.startswith("posterior/"))
+    columns = [x.reshape(*lead, -1) for x in arrays.values() if x.is_floating_point()]
+    return torch.cat(columns, -1)
+
+
+def collect(
+    program: LaneProgram, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> dict[str, np.ndarray]:
+    """Arrays (P, chains, draws, ...) by group/name, for the groups and names that ``wanted`` accepts."""
+
+    def chosen(key: str) -> bool:
+        # With enumerated sites an observation's density is a sum over them, not one site's own.
+        own = not (program.enumerated and key.startswith(("log_likelihood/", "parameter/")))
+        return own and wanted(key)
+
+    return {key: x.cpu().numpy() for key, x in _vectorised(program, points, position, chosen).items()}
+
+
+def _vectorised(
+    program: LaneProgram, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    lead = position.shape[:-1]
+    flat = position.reshape(-1, position.shape[-1])
+    index = points.repeat_interleave(math.prod(lead[1:]))
+    rows = sum(v.numel() for v in program.observed_values.values()) + program.num_latent
+    chunk = max(1, min(len(flat), MAX_ELEMENTS // max(1, 2 * rows)))
+    arrays: dict[str, Tensor] = {}
+    for start in range(0, len(flat), chunk):
+        part = slice(start, min(start + chunk, len(flat)))
+        inputs = program.point_inputs(index[part])
+        with torch.no_grad(), program.quiet():
+            values = _lanes(program, flat[part], inputs, wanted)
+        for key, value in values.items():
+            if key not in arrays:
+                arrays[key] = value.new_empty((len(flat), *value.shape[1:]))
+            arrays[key][part] = value
+    return {key: x.reshape(*lead, *x.shape[1:]) for key, x in arrays.items()}
+
+
+def _lanes(
+    program: LaneProgram, position: Tensor, inputs: LaneInputs, wanted: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    def one(u: Tensor, *flat: Tensor) -> dict[str, Tensor]:
+        found = describe_lane(program, u, inputs.unflatten(flat))
+        return {key: value for key, value in found.items() if wanted(key)}
+
+    if program.loop_reason is None:
+        return torch.vmap(one)(position, *inputs.flat())
+    rows = [one(position[i], *(x[i] for x in inputs.flat())) for i in range(len(position))]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def predict(program: LaneProgram, name: str, parameters: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """Draws of an observed site from its distribution's parameters, each (..., *site shape).
+
+    Drawn outside vmap, where every distribution can sample.
+    """
+    tensors = {key: torch.as_tensor(value) for key, value in parameters.items()}
+    with torch.random.fork_rng(devices=[]), program.quiet():
+        torch.manual_seed(seed)
+        return program.observed_families[name](**tensors, validate_args=False).sample().numpy()

@@ -1,0 +1,363 @@
+"""fit, sweep, strengths: a model at one strength, or at every strength of a grid as one batch."""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from bayestie._assemble import Assembly
+from bayestie._collect import quantities
+from bayestie._density import build_density
+from bayestie._engines import Draws, Interrupted, LaplaceFit, Task, run_laplace, run_nuts
+from bayestie._errors import InferenceError, KeywordError, NameLookupError, OptionError, StrengthError
+from bayestie._program import LaneProgram, resolve_device
+from bayestie._results import save
+
+ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
+GUIDES = ("mean_field", "low_rank", "full_rank")
+Progress = Callable[[dict[str, Any]], None]
+
+
+def strengths(low: float, high: float, num: int, *, hard: bool = False, free: bool = False) -> list[float]:
+    """A grid of prior strengths: ``num`` log-spaced points, and the two ends on request.
+
+    Args:
+        low: smallest positive strength, in the units of the parameter's differences.
+        high: largest finite strength, same units.
+        num: number of log-spaced points from low to high, both included.
+        hard: put sigma = 0 (one shared parameter) in front.
+        free: put sigma = inf (no sharing) behind; the forms `copies` and `matched` allow it.
+
+    Returns:
+        The strengths in increasing order.
+
+    Raises:
+        OptionError: low, high or num out of range.
+
+    Example:
+        >>> strengths(0.1, 10.0, 3, hard=True)
+        [0.0, 0.1, 1.0, 10.0]
+    """
+    if not (0.0 < low <= high < math.inf):
+        raise OptionError(
+            "strengths(low, high)",
+            found=f"low={low}, high={high}",
+            expected="0 < low <= high < inf",
+            fix="Ask for the ends 0 and inf with hard=True and free=True.",
+        )
+    if int(num) != num or num < 1 or (num == 1 and low != high):
+        raise OptionError(
+            "strengths(num)",
+            found=f"num={num} points from {low} to {high}",
+            expected="a whole number, at least 2 (or 1 where low equals high)",
+            fix="Give the number of log-spaced points.",
+        )
+    # Rounded to 12 digits: 1.0, not 0.9999999999999998, where the grid passes through it.
+    grid = [float(f"{x:.12g}") for x in np.geomspace(low, high, int(num))]
+    grid[0], grid[-1] = float(low), float(high)
+    return [0.0] * hard + grid + [math.inf] * free
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    engine: str = "auto",
+    seed: int = 0,
+    num_chains: int = 4,
+    num_draws: int = 250,
+    target_ess: float = 400,
+    device: str | torch.device | None = None,
+    guide: str | None = None,
+    keep: Sequence[str] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    progress: Progress | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> xr.DataTree:
+    """Fit a Pyro model at one strength.
+
+    Args:
+        model: the Pyro model, a callable.
+        *args: its positional arguments; arrays become tensors, floats are cast to float64.
+        engine: ``"auto"`` (Laplace where it certifies itself, NUTS elsewhere), ``"laplace"``, ``"nuts"``,
+            ``"svi"``, or Pyro's own ``"pyro_nuts"`` and ``"pyro_svi"`` as references.
+        seed: of all random numbers; the caller's random state is left as it was.
+        num_chains: chains stored, at least 2 for R-hat to mean anything.
+        num_draws: draws stored per chain. An engine that needs more to reach ``target_ess`` draws more
+            and stores this many, thinned.
+        target_ess: bulk and tail effective sample size wanted for every quantity.
+        device: ``"cpu"`` (default), ``"cuda"``.
+        guide: of the engines svi and pyro_svi: ``"mean_field"``, ``"low_rank"`` or ``"full_rank"``.
+        keep: groups to store, of ``posterior``, ``log_likelihood``, ``log_prior``,
+            ``posterior_predictive``; by default all that fit in memory comfortably.
+        dims: names of a variable's axes, as in ArviZ: ``{"theta": ["school"]}``. Axes of plates carry
+            the plates' names already.
+        coords: labels of a dimension, as in ArviZ: ``{"school": ["A", "B"]}``.
+        progress: called with a dict of events (stage, strengths_done, strengths_total, draws_done,
+            min_ess, certified).
+        out: path (``.nc`` or ``.zarr``) to save the result to.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        An xarray DataTree in ArviZ's schema with groups posterior, sample_stats, log_likelihood,
+        log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws and
+        sweep. Read ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws.
+
+    Raises:
+        BayestieError: one of its named kinds, for anything wrong with the model, the data or an option.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def coin(heads):
+        ...     p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        ...     with pyro.plate("toss", len(heads)):
+        ...         pyro.sample("y", dist.Bernoulli(p), obs=heads)
+        >>> bool(fit(coin, torch.tensor([1.0, 0.0, 1.0])).sweep.certified)
+        True
+    """
+    return _run(
+        "fit", model, args, kwargs, {}, engine, seed, num_chains, num_draws, target_ess, device, guide,
+        keep, dims, coords, progress, out,
+    )  # fmt: skip
+
+
+def sweep(
+    model: Callable[..., Any],
+    *args: Any,
+    over: Mapping[str, Sequence[float]],
+    engine: str = "auto",
+    seed: int = 0,
+    num_chains: int = 4,
+    num_draws: int = 250,
+    target_ess: float = 400,
+    device: str | torch.device | None = None,
+    guide: str | None = None,
+    keep: Sequence[str] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    progress: Progress | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> xr.DataTree:
+    """Fit a Pyro model at every strength of a grid, all strengths and chains as one batch.
+
+    Args:
+        model: the Pyro model, a callable.
+        *args: its positional arguments.
+        over: values of one or several of the model's keywords, ``{"sigma": strengths(0.1, 30, 16)}``;
+            several names make a grid, each a dimension of the result.
+        engine: as in `fit`; ``"auto"`` decides for each strength and says what it did.
+        seed: as in `fit`; and so are the options that follow.
+        num_chains: chains stored per strength.
+        num_draws: draws stored per chain, the same at every strength.
+        target_ess: bulk and tail effective sample size wanted for every quantity at every strength.
+        device: ``"cpu"`` or ``"cuda"``.
+        guide: of the variational engines.
+        keep: groups to store.
+        dims: names of a variable's axes.
+        coords: labels of a dimension.
+        progress: called with a dict of events.
+        out: path to save the result to. If the sweep is interrupted (Ctrl-C), the strengths that are
+            finished are saved there before KeyboardInterrupt goes on.
+        **kwargs: the model's other keyword arguments.
+
+    Returns:
+        A DataTree as `fit` returns, every array led by the swept dimensions. Use `select` to pick one
+        strength before calling ArviZ, which would pool them.
+
+    Raises:
+        BayestieError: one of its named kinds.
+    """
+    values = _checked_over(over)
+    return _run(
+        "sweep", model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device, guide,
+        keep, dims, coords, progress, out,
+    )  # fmt: skip
+
+
+def _checked_over(over: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    if not isinstance(over, Mapping) or not over:
+        raise OptionError(
+            "over",
+            found=repr(over)[:80],
+            expected="a dict from keywords of the model to the values to try",
+            fix='Write over={"sigma": bayestie.strengths(0.1, 30, 16)}.',
+        )
+    values = {}
+    for name, given in over.items():
+        try:
+            array = np.atleast_1d(np.asarray(given, dtype=float))
+        except (TypeError, ValueError):
+            array = np.empty((0, 0))
+        if array.ndim != 1 or array.size == 0:
+            raise OptionError(
+                f"over['{name}']",
+                found=repr(given)[:80],
+                expected="a list of numbers, at least one",
+                fix="Sweep a scalar keyword; scale a tensor by it inside the model.",
+            )
+        if np.isnan(array).any() or len(np.unique(array)) < array.size:
+            raise StrengthError(
+                f"over['{name}']",
+                found="NaN" if np.isnan(array).any() else "a value twice",
+                expected="distinct numbers",
+                fix="Remove it from the list.",
+            )
+        values[name] = array
+    return values
+
+
+def _run(
+    call: str,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    swept: dict[str, np.ndarray],
+    engine: str,
+    seed: int,
+    num_chains: int,
+    num_draws: int,
+    target_ess: float,
+    device: str | torch.device | None,
+    guide: str | None,
+    keep: Sequence[str] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Sequence[Any]] | None,
+    progress: Progress | None,
+    out: str | os.PathLike[str] | None,
+) -> xr.DataTree:
+    begin = time.perf_counter()
+    _check_options(engine, num_chains, num_draws, target_ess, guide)
+    clash = [name for name in kwargs if name in swept]
+    if clash:
+        raise KeywordError(
+            f"keyword '{clash[0]}'",
+            found="a value for a keyword that is swept as well",
+            expected="one or the other",
+            fix="Drop it from the call, or from over=.",
+        )
+    grid = list(itertools.product(*swept.values()))
+    points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
+    program = LaneProgram(model, args, kwargs, points, device=resolve_device(device), seed=seed)
+    task = Task(
+        program=program,
+        density=build_density(program),
+        num_points=len(grid),
+        num_chains=num_chains,
+        num_draws=num_draws,
+        target_ess=target_ess,
+        seed=seed,
+        progress=progress or (lambda event: None),
+        options={} if guide is None else {"guide": guide},
+        quantities=lambda at, position: quantities(program, at, position),
+    )
+    attrs = {
+        **{f"{name}_version": version(package) for name, package in PACKAGES.items()},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "device": str(program.device),
+        "engine": engine,
+        "model": getattr(model, "__name__", type(model).__name__),
+        "call": _call_text(call, model, program, swept, engine, seed),
+        "swept": json.dumps(list(swept)),
+        "density_route": task.density.route,
+        "num_latent": program.num_latent,
+    }
+    assembly = Assembly(task, swept, attrs, keep, dict(dims or {}), dict(coords or {}))
+    try:
+        draws, gaussian = run_engine(engine, task)
+    except Interrupted as interruption:
+        if out is not None and len(interruption.draws.points):
+            save(assembly.partial(interruption.draws, time.perf_counter() - begin), out)
+        raise
+    task.progress({"stage": "collecting", "strengths_total": len(grid), "certified": sum(draws.certified)})
+    tree = assembly.tree(draws, gaussian, begin)
+    if out is not None:
+        save(tree, out)
+    return tree
+
+
+PACKAGES = {"bayestie": "bayestie", "torch": "torch", "pyro": "pyro-ppl", "arviz": "arviz"}
+
+
+def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceFit | None]:
+    """Draws at every point by the named engine, with the Laplace fit that gives their evidence."""
+    if engine == "pyro_nuts":
+        return run_pyro_nuts(task), None
+    if engine == "pyro_svi":
+        return run_pyro_svi(task), None
+    if task.program.num_latent > MAX_DENSE and engine != "svi":
+        raise InferenceError(
+            f"engine '{engine}'",
+            found=f"{task.program.num_latent} latent dimensions",
+            expected=f"at most {MAX_DENSE} (a dense curvature matrix per strength)",
+            fix="Use engine='svi' with guide='mean_field' or 'low_rank'.",
+        )
+    if engine == "svi":
+        return run_svi(task), None
+    draws, gaussian = run_laplace(task, max_pool=16 if engine == "laplace" else 4 if engine == "auto" else 1)
+    refused = [i for i, ok in enumerate(draws.certified) if engine == "nuts" or not ok]
+    if engine == "laplace" or not refused:
+        return draws, gaussian
+    index = torch.tensor(refused, device=task.program.device)
+    finished = [i for i in range(task.num_points) if i not in refused]
+    try:
+        draws.replace(run_nuts(task, index, gaussian.take(index)))
+    except Interrupted as interruption:
+        draws.replace(interruption.draws)
+        finished += interruption.draws.points.tolist()
+        raise Interrupted(draws.take(sorted(finished))) from interruption
+    return draws, gaussian
+
+
+MAX_DENSE = 2000
+
+
+def _check_options(engine: str, num_chains: int, num_draws: int, target_ess: float, guide: str | None) -> None:
+    if engine not in ENGINES:
+        raise NameLookupError(
+            "engine",
+            found=repr(engine),
+            expected=f"one of {', '.join(ENGINES)}",
+            fix="Leave it at 'auto' unless you want one engine for every strength.",
+        )
+    for name, value, least in (("num_chains", num_chains, 1), ("num_draws", num_draws, 4)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise OptionError(name, found=repr(value), expected=f"a whole number of at least {least}", fix="Raise it.")
+    if not (isinstance(target_ess, int | float) and 0 < target_ess < math.inf):
+        raise OptionError("target_ess", found=repr(target_ess), expected="a positive number", fix="400 is usual.")
+    if guide is not None and (engine not in ("svi", "pyro_svi") or (isinstance(guide, str) and guide not in GUIDES)):
+        raise OptionError(
+            "guide",
+            found=f"{guide!r} with engine '{engine}'",
+            expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
+            fix="Name the engine too: engine='svi'.",
+        )
+
+
+def _call_text(
+    call: str, model: Any, program: LaneProgram, swept: dict[str, np.ndarray], engine: str, seed: int
+) -> str:
+    parts = [getattr(model, "__name__", type(model).__name__), *program.argument_names]
+    parts += [f"{name}={_short(value)}" for name, value in program.kwargs.items()]
+    if swept:
+        over = ", ".join(f"'{n}': [{', '.join(f'{x:.4g}' for x in v)}]" for n, v in swept.items())
+        parts.append(f"over={{{over}}}")
+    return f"{call}({', '.join([*parts, f'engine={engine!r}', f'seed={seed}'])})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor{tuple(value.shape)}" if value.numel() > 1 else f"{float(value):.6g}"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
