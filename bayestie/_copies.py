@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from bayestie._path import SAMPLE, TiedSite, require, swept_values
+from bayestie._path import SAMPLE, TiedSite, along_strength, require
 from bayestie._results import swept_names
 
 
@@ -19,8 +19,16 @@ def copies(path: xr.DataTree, site: TiedSite) -> xr.DataArray:
 
 def levels(path: xr.DataTree, site: TiedSite) -> xr.DataArray:
     """The levels as (swept..., chain, draw, component, event)."""
-    level = require(path, "posterior", f"{site.name}_level")
     lead = [*swept_names(path), *SAMPLE]
+    known = site.known_level
+    if known is not None:
+        like = path["posterior"].to_dataset()
+        shape = [like.sizes[dim] for dim in lead]
+        values = np.broadcast_to(known, (*shape, site.num_components, site.num_event))
+        return xr.DataArray(
+            values, dims=(*lead, "component", "event"), coords={d: like.coords[d] for d in lead}
+        )
+    level = require(path, "posterior", f"{site.name}_level")
     level = level.transpose(*lead, ...)
     flat = level.values.reshape(*level.shape[: len(lead)], -1, site.num_event)
     return xr.DataArray(flat, dims=(*lead, "component", "event"), coords={d: level.coords[d] for d in lead})
@@ -36,21 +44,20 @@ def own_level(path: xr.DataTree, site: TiedSite, theta: xr.DataArray) -> xr.Data
     return found.isel(component=xr.DataArray(component, dims="copy")).transpose(*theta.dims)
 
 
-def prior_variance(path: xr.DataTree, site: TiedSite, like: xr.DataArray) -> xr.DataArray | None:
+def prior_variance(path: xr.DataTree, site: TiedSite, num_copies: int) -> xr.DataArray | None:
     """Prior variance of each copy's deviation from its level, (axis, copy, event); None where unknown."""
     factor = site.event_variances
-    if site.axis is None or factor is None:
+    if factor is None:
         return None
 
     def at(sigma: float) -> np.ndarray:
-        out = np.zeros((site.num_event, like.sizes["copy"]))
+        out = np.zeros((site.num_event, num_copies))
         for part, v in zip(site.parts, site.deviation_variances(sigma), strict=True):
-            diagonal = part.tie.diagonal(torch.as_tensor(np.ascontiguousarray(v))) if part.tie.rank else None
-            out[:, part.copies] = 0.0 if diagonal is None else diagonal.numpy()
+            if part.tie.rank:
+                out[:, part.copies] = part.tie.diagonal(torch.as_tensor(np.ascontiguousarray(v))).numpy()
         return (out * factor[:, None]).T
 
-    rows = np.stack([at(float(s)) for s in swept_values(path, site.axis)])
-    return xr.DataArray(rows, dims=(site.axis, "copy", "event"), coords={site.axis: like[site.axis]})
+    return along_strength(path, site, at, ("copy", "event"))
 
 
 def labels(path: xr.DataTree, site: TiedSite, num: int) -> list[str]:

@@ -86,4 +86,4 @@ def _sizes(path: xr.DataTree, draws: xr.DataArray) -> xr.DataArray:
     size = xr.zeros_like(ordered.isel(chain=0, draw=0, drop=True), dtype=float)
     size = size.copy(data=effective_size(ordered.values))
     weights = path["sweep"].to_dataset().get("ess_weights")
-    return size if weights is None else np.minimum(size, weights).transpose(*others)
+    return size if weights is None else size.clip(max=weights).transpose(*others)

@@ -181,7 +181,7 @@ def _thermodynamic(
         rise, rise_error = rule(swept_values(path, name)).integrate(mean.values, error.values)
         value = value + mean.copy(data=rise)
         variance = variance + mean.copy(data=rise_error**2)
-    return value.transpose(*names), np.sqrt(variance).transpose(*names), anchored
+    return value.transpose(*names), (variance**0.5).transpose(*names), anchored
 
 
 Estimate = tuple[xr.DataArray, xr.DataArray]

@@ -78,10 +78,11 @@ class _Field:
     def mixed(self, other: str) -> "_Field":
         """Without one axis, its values weighted equally."""
         top = self.log_evidence.max(other)
-        weight = np.exp(self.log_evidence - top)
+        weight = self.log_evidence.copy(data=np.exp((self.log_evidence - top).values))
+        mean = weight.mean(other)
         share = weight / weight.sum(other)
-        error = np.sqrt((share**2 * self.error**2).sum(other))
-        return _Field(top + np.log(weight.mean(other)), error, self._slopes_under(share, other))
+        error = (share**2 * self.error**2).sum(other) ** 0.5
+        return _Field(top + mean.copy(data=np.log(mean.values)), error, self._slopes_under(share, other))
 
     def _slopes_under(
         self, share: xr.DataArray, other: str
@@ -90,8 +91,10 @@ class _Field:
         out: dict[str, tuple[xr.DataArray, xr.DataArray] | None] = {}
         for axis, given in self.slopes.items():
             if axis != other:
-                known = None if given is None else ((share * given[0]).sum(other), share**2 * given[1] ** 2)
-                out[axis] = None if known is None else (known[0], np.sqrt(known[1].sum(other)))
+                out[axis] = given and (
+                    (share * given[0]).sum(other),
+                    (share**2 * given[1] ** 2).sum(other) ** 0.5,
+                )
         return out
 
 

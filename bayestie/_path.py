@@ -1,8 +1,9 @@
 """Reading a sweep: which swept keyword is which tie's strength, and what the prior says of it."""
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,6 +98,14 @@ class TiedSite:
             np.broadcast_to(np.asarray(x, dtype=float), self.event_shape).reshape(-1) for x in (loc, scale)
         )
         return means, sds
+
+    @property
+    def known_level(self) -> np.ndarray | None:
+        """The level where it is a number and no site, over the event shape (E,); else None."""
+        base = self.record.get("base")
+        if base is None or isinstance(base, str | dict):
+            return None
+        return np.broadcast_to(np.asarray(base, dtype=float), self.event_shape).reshape(-1)
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -235,6 +244,25 @@ class TiedSite:
         return self.base
 
 
+def along_strength(
+    path: xr.DataTree, site: TiedSite, formula: Callable[[float], np.ndarray], inner: Sequence[str]
+) -> xr.DataArray | None:
+    """A function of the site's strength over the swept values of it, or at the one strength of the tree.
+
+    Args:
+        formula: sigma -> array with the dims `inner`.
+
+    Returns:
+        Dims (axis, *inner), or only `inner` at one strength; None where the tree does not say it.
+    """
+    if site.axis in swept_names(path):
+        values = swept_values(path, site.axis)
+        rows = np.stack([formula(float(s)) for s in values])
+        return xr.DataArray(rows, dims=(site.axis, *inner), coords={site.axis: values})
+    one = json.loads(path.attrs.get("selected", "{}")).get(site.axis, site.record.get("sigma"))
+    return None if one is None else xr.DataArray(formula(float(one)), dims=inner)
+
+
 def tied_sites(path: xr.DataTree) -> dict[str, TiedSite]:
     """The tied sites of a tree by name, in the model's order."""
     return {name: TiedSite(name, record) for name, record in tie_records(path).items()}
@@ -268,9 +296,14 @@ def sweep_value(path: xr.DataTree, name: str) -> xr.DataArray | None:
     return path["sweep"].to_dataset().get(name)
 
 
+def holds(path: xr.DataTree, group: str, name: str) -> bool:
+    """Whether the tree kept a variable."""
+    return group in path.children and name in path[group].data_vars
+
+
 def require(path: xr.DataTree, group: str, name: str) -> xr.DataArray:
     """A variable of the tree, or a named error that says what is kept."""
-    if group not in path.children or name not in path[group].data_vars:
+    if not holds(path, group, name):
         kept = [f"{g}/{v}" for g in path.children for v in path[g].data_vars]
         raise NameLookupError(
             f"{group}/{name}",
@@ -278,7 +311,7 @@ def require(path: xr.DataTree, group: str, name: str) -> xr.DataArray:
             expected=f"the variable {name!r} in group {group!r}",
             fix="Fit or sweep again without leaving that group out by keep=.",
         )
-    return path[group][name]
+    return path[group].to_dataset()[name]
 
 
 def _parts(record: dict[str, Any]) -> list[Part]:

@@ -5,7 +5,7 @@ import xarray as xr
 
 from bayestie._copies import copies, levels, own_level, prior_variance, unflatten
 from bayestie._draws import mean_error, variance_error
-from bayestie._path import SAMPLE, TiedSite, require, swept_values, tied_sites
+from bayestie._path import SAMPLE, TiedSite, along_strength, require, swept_values, tied_sites
 from bayestie._results import swept_names
 from bayestie._tension import tension
 
@@ -54,9 +54,9 @@ def _pooling_of(path: xr.DataTree, site: TiedSite) -> xr.Dataset:
     names = swept_names(path)
     deviation, deviation_error = _information(path, site)
     level, level_error, most = _level_information(path, site)
-    data: dict[str, xr.DataArray] = {
+    data = {
         "p_eff": deviation + level,
-        "p_eff_error": np.hypot(deviation_error, level_error),
+        "p_eff_error": (deviation_error**2 + level_error**2) ** 0.5,
         "p_deviation": deviation,
         "p_deviation_error": deviation_error,
         "p_level": level,
@@ -70,7 +70,7 @@ def _pooling_of(path: xr.DataTree, site: TiedSite) -> xr.Dataset:
     between = mean.var("copy", ddof=1 if theta.sizes["copy"] > 1 else 0)
     # Nothing varies at sigma = 0: the copies are pooled completely.
     data["pooling_factor"] = xr.where(within > 0, 1 - between / within.where(within > 0, 1.0), 1.0)
-    prior = prior_variance(path, site, deltas)
+    prior = prior_variance(path, site, theta.sizes["copy"])
     if prior is not None:
         variance, error = variance_error(path, deltas)
         known = prior.where(prior > 0)
@@ -85,52 +85,43 @@ def _pooling_of(path: xr.DataTree, site: TiedSite) -> xr.Dataset:
         other = centre_error.isel(end, drop=True)
         here = xr.ones_like(centre_error)
         here[dict(end)] = 0.0
-        data[f"moved_from_{key}_error"] = here * np.hypot(centre_error, other)
+        data[f"moved_from_{key}_error"] = here * (centre_error**2 + other**2) ** 0.5
     return xr.Dataset({key: unflatten(value, path, site) for key, value in data.items()})
 
 
 def _information(path: xr.DataTree, site: TiedSite) -> tuple[xr.DataArray, xr.DataArray]:
     """sum_j (1 - Var(z_j | y)) with its error; 0 where sigma = 0, as the data never see z there."""
+    if site.rank == 0:
+        return xr.DataArray(0.0), xr.DataArray(0.0)
     z = require(path, "posterior", f"{site.name}_z")
     inner = [dim for dim in z.dims if dim not in (*swept_names(path), *SAMPLE)]
     count = z.sizes["chain"] * z.sizes["draw"]
     squares = ((z - z.mean(SAMPLE)) ** 2).sum(inner) * (count / (count - 1))
     total, error = mean_error(path, squares)
     size = float(np.prod([z.sizes[dim] for dim in inner]))
-    idle = _idle(path, site, total)
-    return xr.where(idle, 0.0, size - total), xr.where(idle, 0.0, error)
-
-
-def _idle(path: xr.DataTree, site: TiedSite, like: xr.DataArray) -> xr.DataArray:
-    if site.axis is None or site.axis not in like.dims:
-        return xr.zeros_like(like, dtype=bool)
-    return (like[site.axis] == 0) & xr.ones_like(like, dtype=bool)
+    seen = along_strength(path, site, lambda sigma: np.array(sigma > 0), ())
+    seen = xr.DataArray(True) if seen is None else seen
+    return xr.where(seen, size - total, 0.0), xr.where(seen, error, 0.0)
 
 
 def _level_information(path: xr.DataTree, site: TiedSite) -> tuple[xr.DataArray, xr.DataArray, int]:
     """sum_c (1 - Var(l_c | y) / Var(l_c)), its error, and how many levels there are."""
-    name = f"{site.name}_level"
     zero = xr.DataArray(0.0)
-    if name not in path["posterior"].data_vars or name not in path.get("log_prior", xr.DataTree()).data_vars:
+    if site.known_level is not None:
         return zero, zero, 0
     level = levels(path, site)
     num = level.sizes["component"] * level.sizes["event"]
     if site.base is None:
         return zero + float(num), zero, num
     variance, error = variance_error(path, level)
-    prior = _along(path, site, variance, lambda s: site.level_variances(s).T)
-    ratio = (variance / prior.where(prior > 0)).fillna(1.0)
-    spread = (error / prior.where(prior > 0)).fillna(0.0)
-    inner = ["component", "event"]
-    return (1 - ratio).sum(inner), np.sqrt((spread**2).sum(inner)), num
-
-
-def _along(path: xr.DataTree, site: TiedSite, like: xr.DataArray, formula) -> xr.DataArray:
-    """A function of the site's strength, laid out like an array with the inner dims last."""
-    inner = [dim for dim in like.dims if dim not in swept_names(path)]
-    if site.axis is None or site.axis not in like.dims:
-        # A level's prior does not move with sigma in form `level`; the other forms need the strength.
-        values = formula(1.0) if site.form == "level" else np.full([like.sizes[d] for d in inner], np.nan)
-        return xr.DataArray(values, dims=inner)
-    rows = np.stack([formula(float(s)) for s in swept_values(path, site.axis)])
-    return xr.DataArray(rows, dims=(site.axis, *inner), coords={site.axis: like[site.axis]})
+    inner = ("component", "event")
+    prior = along_strength(path, site, lambda sigma: site.level_variances(sigma).T, inner)
+    if prior is None and site.form == "level":
+        # There the level's prior is the base, whatever the strength.
+        prior = xr.DataArray(site.level_variances(1.0).T, dims=inner)
+    if prior is None:
+        return zero * np.nan, zero * np.nan, num
+    # A level of variance 0 is known: form `matched` at sigma = inf.
+    ratio = xr.where(prior > 0, variance / prior.where(prior > 0, 1.0), 1.0)
+    spread = xr.where(prior > 0, error / prior.where(prior > 0, 1.0), 0.0)
+    return (1 - ratio).sum(inner), (spread**2).sum(inner) ** 0.5, num

@@ -95,7 +95,7 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
 def _standard_error(pointwise: xr.DataArray) -> xr.DataArray:
     """Of a sum over observations; 0 for a single one, whose spread nothing shows."""
     num = pointwise.sizes["observation"]
-    return np.sqrt(num * pointwise.var("observation", ddof=1 if num > 1 else 0))
+    return (num * pointwise.var("observation", ddof=1 if num > 1 else 0)) ** 0.5
 
 
 def _pointwise_draws(path: xr.DataTree, names: list[str]) -> list[NDArray]:

@@ -207,7 +207,7 @@ def _tree(
     coords = {"chain": path["posterior"].coords["chain"].values, "draw": np.arange(strength.shape[1])}
     groups: dict[str, xr.Dataset] = {}
     for group in path.children:
-        found = path[group].to_dataset(inherit=False)
+        found = path[group].to_dataset()
         if group in _DRAWN:
             chosen = found.isel(at).drop_vars([name, *dims], errors="ignore")
             groups[group] = chosen.transpose(*dims, ...).assign_coords(coords)

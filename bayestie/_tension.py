@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from bayestie._copies import copies, labels, own_level, prior_variance, unflatten
 from bayestie._draws import mean_error, variance_error
-from bayestie._path import Part, TiedSite, swept_values, tied_sites
+from bayestie._path import Part, TiedSite, along_strength, tied_sites
 
 # Edges that are looked at one by one; denser graphs are answered per copy.
 _EDGES = 20_000
@@ -33,8 +33,8 @@ def tension(path: xr.DataTree) -> xr.DataTree:
         path: what ``sweep`` returned, or a fit whose tie has a recorded strength.
 
     Returns:
-        A DataTree with a node per tied site whose sigma was swept (and whose event_scale_tril is not
-        itself learned), over the swept dims and ``edge`` (labels
+        A DataTree with a node per tied site whose sigma the tree records (and whose event_scale_tril
+        is not learned), over the swept dims and ``edge`` (labels
         "a ~ b"; for exchangeable and complete ties the copy's own labels, its deviation from the level
         standing for its edges) and the event dims: ``difference`` (posterior mean, own units),
         ``statistic``, ``p_value`` (two-sided), ``information`` (1 - Var(Delta_e | y) / V_e: 0 means
@@ -46,29 +46,28 @@ def tension(path: xr.DataTree) -> xr.DataTree:
 
     Reference: Box (1980), JRSS A 143, for prior predictive checks; Gabry et al. (2019), JRSS A 182.
     """
-    sites = [s for s in tied_sites(path).values() if s.axis and s.event_variances is not None]
-    nodes = {site.name: _tension_of(path, site) for site in sites}
+    nodes = {name: found for name, site in tied_sites(path).items() if (found := _tension_of(path, site))}
     return xr.DataTree.from_dict({f"/{name}": ds for name, ds in nodes.items()})
 
 
-def _tension_of(path: xr.DataTree, site: TiedSite) -> xr.Dataset:
-    assert site.axis is not None
+def _tension_of(path: xr.DataTree, site: TiedSite) -> xr.Dataset | None:
     theta = copies(path, site)
     names = labels(path, site, theta.sizes["copy"])
     if site.record["kind"] in ("exchangeable", "complete") or int(site.record.get("num_edges") or 0) > _EDGES:
         difference = (theta - own_level(path, site, theta)).rename(copy="edge")
-        prior = prior_variance(path, site, theta)
-        assert prior is not None
-        prior = prior.rename(copy="edge")
+        prior = prior_variance(path, site, theta.sizes["copy"])
+        prior = None if prior is None else prior.rename(copy="edge")
     else:
         pairs = [_pairs(part) for part in site.parts]
         difference = _differences(theta, own_level(path, site, theta), pairs)
         prior = _edge_variances(path, site, pairs)
         names = [names[i] if j is None else f"{names[i]} ~ {names[j]}" for pair in pairs for i, j in pair]
+    if prior is None:
+        return None
     mean, error = mean_error(path, difference)
     variance, spread = variance_error(path, difference)
-    room = np.maximum(prior - variance, _FLOOR * spread) + error**2
-    statistic = xr.where(room > 0, mean / np.sqrt(room.where(room > 0, 1.0)), 0.0)
+    room = (prior - variance).clip(min=_FLOOR * spread) + error**2
+    statistic = xr.where(room > 0, mean / room.where(room > 0, 1.0) ** 0.5, 0.0)
     data = {
         "difference": mean,
         "difference_error": error,
@@ -101,26 +100,26 @@ def _differences(theta: xr.DataArray, level: xr.DataArray, pairs: list[list[Pair
     return (theta.isel(copy=first) - other).transpose(*[d if d != "copy" else "edge" for d in theta.dims])
 
 
-def _edge_variances(path: xr.DataTree, site: TiedSite, pairs: list[list[Pair]]) -> xr.DataArray:
-    """Prior variance of the difference across every edge, (axis, edge, event)."""
-    assert site.axis is not None and site.event_variances is not None
-    values = swept_values(path, site.axis)
-    rows = []
-    for part, l, own in zip(site.parts, site.eigenvalues, pairs, strict=True):
-        if not own:
-            continue
-        if part.hub or site.form == "level":
-            # sigma^2 R_e, or v itself at a hub: the same for every edge of a hub.
-            resistance = np.ones(len(own)) if part.hub else part.tie.effective_resistances().numpy()
-            unit = [site.unit_variance(float(s))[:, None] * resistance for s in values]
-        else:
-            squares = _edge_loadings(part)
-            unit = [site.filter(l, float(s)) @ squares for s in values]
-        rows.append(np.stack(unit))
-    found = np.concatenate([np.broadcast_to(r, (len(values), site.num_event, r.shape[-1])) for r in rows], -1)
-    found = found * site.event_variances[:, None]
-    coords = {site.axis: values}
-    return xr.DataArray(np.moveaxis(found, -1, 1), dims=(site.axis, "edge", "event"), coords=coords)
+def _edge_variances(path: xr.DataTree, site: TiedSite, pairs: list[list[Pair]]) -> xr.DataArray | None:
+    """Prior variance of the difference across every edge, (axis, edge, event); None where unknown."""
+    factor = site.event_variances
+    if factor is None:
+        return None
+    live = [(p, l, len(own)) for p, l, own in zip(site.parts, site.eigenvalues, pairs, strict=True) if own]
+    resistances = [np.ones(n) if p.hub else p.tie.effective_resistances().numpy() for p, _, n in live]
+    dense = site.form != "level"
+    loadings = [_edge_loadings(p) if dense and not p.hub else None for p, _, _ in live]
+
+    def at(sigma: float) -> np.ndarray:
+        rows = []
+        for (_, l, n), resistance, squares in zip(live, resistances, loadings, strict=True):
+            # sigma^2 R_e, or v itself at a hub; a filter on the eigenvalues in the other forms.
+            unit = site.unit_variance(sigma)[:, None] * resistance
+            unit = unit if squares is None else site.filter(l, sigma) @ squares
+            rows.append(np.broadcast_to(unit, (site.num_event, n)))
+        return (np.concatenate(rows, -1) * factor[:, None]).T
+
+    return along_strength(path, site, at, ("edge", "event"))
 
 
 def _edge_loadings(part: Part) -> np.ndarray:

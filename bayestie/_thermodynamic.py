@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
 from bayestie._draws import mean_error
-from bayestie._path import SAMPLE, sites_along, swept_values
+from bayestie._path import SAMPLE, holds, sites_along, swept_values
 from bayestie._results import swept_names
 
 # The spline's error falls like h^4, so a grid of every other point errs 16 times as much as the whole
@@ -27,7 +27,7 @@ def slope(path: xr.DataTree, axis: str) -> tuple[xr.DataArray, xr.DataArray] | N
         Slope and error over the swept dims; exactly 0 at sigma = 0 and sigma = inf.
     """
     sites = sites_along(path, axis)
-    if not sites or any(s.name not in path.get("tie_energy", xr.DataTree()).data_vars for s in sites):
+    if not sites or not all(holds(path, "tie_energy", site.name) for site in sites):
         return None
     names = swept_names(path)
     values = swept_values(path, axis)
@@ -60,10 +60,20 @@ class Rule:
         """Slopes and errors (n, ...) in the tree's order -> relative log evidence and its error, alike."""
         slope, error = slope[self.order], error[self.order]
         value = np.tensordot(self.weights, slope, 1)
-        quadrature = (value - np.tensordot(self.coarse, slope, 1)) / RICHARDSON
+        gap = np.abs(value - np.tensordot(self.coarse, slope, 1)) / RICHARDSON
+        # Both rules may agree at one point by chance: its neighbours then know better.
+        quadrature = np.maximum(gap, np.maximum(_shift(gap, 1), _shift(gap, -1)))
+        # Every rule is right where it starts.
+        quadrature[0] = 0.0
         variance = np.tensordot(self.weights**2, error**2, 1) + quadrature**2
         back = np.argsort(self.order)
         return value[back], np.sqrt(variance)[back]
+
+
+def _shift(x: NDArray, by: int) -> NDArray:
+    out = np.roll(x, by, axis=0)
+    out[0 if by > 0 else -1] = 0.0
+    return out
 
 
 def rule(values: NDArray) -> Rule:
