@@ -1,9 +1,4 @@
-"""Laplace: batched damped Newton to the mode, curvature there, i.i.d. Gaussian draws, importance weights.
-
-If the log weights are constant to rounding the posterior *is* that Gaussian and the draws are exact;
-otherwise they are Pareto-smoothed importance sampling, certified by khat and the weights' effective
-sample size (Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25).
-"""
+"""Laplace: batched damped Newton to the mode, curvature there, i.i.d. Gaussian draws, importance weights."""
 
 import math
 import time
@@ -12,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayestie._engines._importance import ImportancePool, needed_ess
 from bayestie._engines._protocol import Draws, Task
-from bayestie._psis import psis
 
 MAX_ITERATIONS = 100
 _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
@@ -40,6 +35,14 @@ class LaplaceFit:
     def to_position(self, z: Tensor) -> Tensor:
         """(P, batch, D) whitened -> position."""
         return self.mode.unsqueeze(1) + torch.bmm(z, self.factor.mT)
+
+    @property
+    def num_noise(self) -> int:
+        return self.mode.shape[1]
+
+    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
+        return self.to_position(noise), self.whitened_log_density(noise)
 
     def log_density(self, position: Tensor) -> Tensor:
         """Log density of the Gaussian at positions (P, batch, D)."""
@@ -186,140 +189,22 @@ def run_laplace(
     points = task.points
     task.progress({"stage": "laplace", "message": "finding modes"})
     fit = fit_laplace(task, points) if fit is None else fit
-    wanted = task.num_chains * task.num_draws
-    pool = _Pool(task, fit, wanted)
-    pool.grow(points, wanted)
-    needed = (
-        1.0 / max(1.0 / task.target_ess - 1.0 / wanted, 1e-9) if wanted > task.target_ess else task.target_ess
-    )
-    limit = max_pool * wanted
-    for _ in range(4):
-        growing = ~pool.exact & (pool.khat < 0.8) & (pool.ess < needed) & (pool.size < limit)
-        if not bool(growing.any()):
-            break
-        index = torch.nonzero(growing).squeeze(1)
-        ratio = float((needed / pool.ess[index]).max())
-        size = int(pool.size[index].min())
-        pool.grow(index, min(limit - size, int(size * min(max(1.3 * ratio - 1.0, 0.5), 7.0))))
-    draws = pool.draws(time.perf_counter() - begin, needed)
+    needed = needed_ess(task)
+    pool = ImportancePool(task, points, _doubts(fit), stream=103)
+    pool.fill(fit, needed, max_pool)
+    draws = pool.draws("laplace", time.perf_counter() - begin, needed)
+    draws.pool = pool.first()
     task.progress(
         {"stage": "laplace", "strengths_done": sum(draws.certified), "certified": sum(draws.certified)}
     )
     return draws, fit
 
 
-class _Pool:
-    """Importance draws at every point; points may have pools of different size."""
-
-    def __init__(self, task: Task, fit: LaplaceFit, wanted: int):
-        self.task, self.fit, self.wanted = task, fit, wanted
-        count = len(fit.points)
-        self.position: list[Tensor] = [fit.mode.new_empty(0, fit.mode.shape[1])] * count
-        self.value: list[Tensor] = [fit.mode.new_empty(0)] * count
-        self.log_weight: list[Tensor] = [fit.mode.new_empty(0)] * count
-        self.smoothed: list[Tensor] = [fit.mode.new_empty(0)] * count
-        self.size = torch.zeros(count, dtype=torch.long, device=fit.mode.device)
-        self.rounds = [0] * count
-        self.exact = torch.zeros(count, dtype=torch.bool, device=fit.mode.device)
-        self.khat = torch.full((count,), torch.inf, dtype=fit.mode.dtype, device=fit.mode.device)
-        self.ess = torch.zeros_like(self.khat)
-
-    def grow(self, index: Tensor, extra: int) -> None:
-        """Add ``extra`` draws at the points in ``index`` and weigh their pools anew."""
-        fit = self.fit.take(index)
-        dim = fit.mode.shape[1]
-        z = torch.stack([self.task.normals((extra, dim), 103, int(i), self.rounds[int(i)]) for i in index])
-        position = fit.to_position(z)
-        value = self.task.density.value(fit.points, position)
-        log_weight = value - fit.whitened_log_density(z)
-        log_weight = torch.where(torch.isfinite(log_weight), log_weight, -torch.inf)
-        for j, i in enumerate(index.tolist()):
-            self.rounds[i] += 1
-            self.position[i] = torch.cat([self.position[i], position[j]])
-            self.value[i] = torch.cat([self.value[i], value[j]])
-            self.log_weight[i] = torch.cat([self.log_weight[i], log_weight[j]])
-            self.size[i] = len(self.value[i])
-        sizes = {len(self.value[i]) for i in index.tolist()}
-        for size in sizes:
-            same = [i for i in index.tolist() if len(self.value[i]) == size]
-            self._weigh(torch.tensor(same, device=index.device))
-
-    def _weigh(self, index: Tensor) -> None:
-        log_weight = torch.stack([self.log_weight[int(i)] for i in index])
-        value = torch.stack([self.value[int(i)] for i in index])
-        spread = log_weight.amax(1) - log_weight.amin(1)
-        rounding = 1e-10 * (1.0 + value.abs().amax(1))
-        exact = (spread <= rounding) & self.fit.converged[index]
-        usable = torch.isfinite(log_weight).any(1)
-        safe = torch.where(usable.unsqueeze(1), log_weight, 0.0)
-        smoothed, khat = psis(safe)
-        self.exact[index] = exact
-        self.khat[index] = torch.where(exact, -torch.inf, torch.where(usable, khat, torch.inf))
-        self.khat[index] = torch.nan_to_num(
-            self.khat[index], nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
-        )
-        ess = torch.exp(-torch.logsumexp(2.0 * smoothed, 1))
-        self.ess[index] = torch.where(exact, torch.full_like(ess, float(value.shape[1])), ess)
-        for j, i in enumerate(index.tolist()):
-            self.smoothed[i] = smoothed[j]
-
-    def draws(self, seconds: float, needed: float) -> Draws:
-        task, count = self.task, len(self.fit.points)
-        shape = (task.num_chains, task.num_draws)
-        positions, values, certified, reasons, evidence, errors, ess = [], [], [], [], [], [], []
-        for i in range(count):
-            exact = bool(self.exact[i])
-            row = slice(0, self.wanted) if exact else self._resample(i)
-            positions.append(self.position[i][row].reshape(*shape, -1))
-            values.append(self.value[i][row].reshape(shape))
-            log_weight = self.log_weight[i]
-            mean = torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
-            relative = torch.exp(log_weight - mean)
-            evidence.append(log_weight.mean() if exact else mean)
-            errors.append(mean.new_zeros(()) if exact else relative.std() / math.sqrt(len(log_weight)))
-            ess.append(self.ess[i].new_tensor(torch.inf) if exact else self.ess[i])
-            ok, reason = self._verdict(i, exact, needed)
-            certified.append(ok)
-            reasons.append(reason)
-        first = torch.stack([x[: self.wanted] for x in self.value])
-        weight = torch.stack([x[: self.wanted] for x in self.log_weight])
-        first, weight = (torch.where(torch.isfinite(weight), x, -1e300) for x in (first, weight))
-        return Draws(
-            points=self.fit.points,
-            position=torch.stack(positions),
-            log_density=torch.stack(values),
-            engine=["laplace"] * count,
-            certified=certified,
-            reason=reasons,
-            exact=[bool(e) for e in self.exact],
-            khat=self.khat.clone(),
-            ess_weights=torch.stack(ess),
-            log_evidence=torch.stack(evidence),
-            log_evidence_error=torch.stack(errors),
-            seconds=torch.full((count,), seconds / count, dtype=torch.float64),
-            pool={"lp": first, "laplace_log_density": first - weight},
-        )
-
-    def _resample(self, i: int) -> Tensor:
-        """Systematic resampling of the smoothed weights (one uniform), then shuffled over the chains."""
-        rng = self.task.generator(104, i)
-        cumulative = torch.cumsum(torch.exp(self.smoothed[i]), 0)
-        grid = (torch.arange(self.wanted, dtype=cumulative.dtype) + rng.uniform()) / self.wanted
-        rows = torch.searchsorted(cumulative / cumulative[-1], grid.to(cumulative.device))
-        order = torch.as_tensor(rng.permutation(self.wanted), device=rows.device)
-        return rows.clamp(max=len(cumulative) - 1)[order]
-
-    def _verdict(self, i: int, exact: bool, needed: float) -> tuple[bool, str]:
-        size, khat, ess = int(self.size[i]), float(self.khat[i]), float(self.ess[i])
-        if not bool(self.fit.converged[i]):
-            return False, "no mode with positive curvature was found"
-        if int(self.fit.num_modes[i]) > 1:
-            return False, "more than one mode was found"
-        if exact:
-            return True, "the posterior is Gaussian to rounding: draws are exact"
-        threshold = min(1.0 - 1.0 / math.log10(size), 0.7)
-        if khat >= threshold:
-            return False, f"khat {khat:.2f} of the importance weights is not below {threshold:.2f}"
-        if ess < needed:
-            return False, f"the importance weights' effective sample size {ess:.0f} is below {needed:.0f}"
-        return True, f"importance weights have khat {khat:.2f} and effective sample size {ess:.0f}"
+def _doubts(fit: LaplaceFit) -> list[str | None]:
+    doubts: list[str | None] = []
+    for converged, num_modes in zip(fit.converged.tolist(), fit.num_modes.tolist(), strict=True):
+        if not converged:
+            doubts.append("no mode with positive curvature was found")
+        else:
+            doubts.append("more than one mode was found" if num_modes > 1 else None)
+    return doubts

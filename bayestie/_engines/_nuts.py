@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayestie._diagnostics import effective_sample_size, split_rhat
 from bayestie._engines._laplace import LaplaceFit, fit_laplace
 from bayestie._engines._protocol import Draws, Interrupted, Task
+from bayestie._engines._quality import chain_verdict, is_good, quality
 
 MAX_DEPTH = 10
 MAX_ENERGY_ERROR = 1000.0
@@ -350,7 +350,7 @@ class _Sampler:
                 active = active[bad]
                 self._keep_only(bad)
         except KeyboardInterrupt as interrupt:
-            good = [i for i in range(count) if _good(self.quality[i], self.task.target_ess)]
+            good = [i for i in range(count) if is_good(self.quality[i], self.task.target_ess)]
             raise Interrupted(self._draws(good)) from interrupt
         return self._draws(list(range(count)))
 
@@ -365,7 +365,7 @@ class _Sampler:
             self.kept[i].append(position[row])
             self.kept_stats[i].append({name: x[row] for name, x in result.stats.items()})
             self.quality[i] = self._quality(self.points[row : row + 1], torch.cat(self.kept[i], 1))
-            if not _good(self.quality[i], task.target_ess):
+            if not is_good(self.quality[i], task.target_ess):
                 still.append(row)
         count = len(self.all_points)
         task.progress(
@@ -402,7 +402,8 @@ class _Sampler:
             joined = {name: torch.cat([s[name] for s in self.kept_stats[i]], 1) for name in STATISTICS}
             divergences = int(joined["diverging"].sum())
             stats.append({name: x[:, ::thin][:, : task.num_draws] for name, x in joined.items()})
-            ok, reason = _verdict(self.quality[i], divergences, joined["diverging"].numel(), task.target_ess)
+            total = joined["diverging"].numel()
+            ok, reason = chain_verdict(self.quality[i], divergences, total, task.target_ess)
             certified.append(ok)
             reasons.append(reason)
             total_divergences.append(divergences)
@@ -432,32 +433,3 @@ class _Sampler:
             divergences=torch.tensor(total_divergences, dtype=torch.long),
             stats=merged,
         )
-
-
-def quality(draws: Tensor) -> tuple[float, float, float]:
-    """(max R-hat, min bulk ESS, min tail ESS) over the columns of (chains, draws, Q) that vary."""
-    moving = draws[..., draws.amax((0, 1)) > draws.amin((0, 1))]
-    if moving.shape[-1] == 0:
-        return float("inf"), 0.0, 0.0
-    bulk, tail = effective_sample_size(moving)
-    return float(split_rhat(moving).max()), float(bulk.min()), float(tail.min())
-
-
-def _good(quality: tuple[float, float, float], target_ess: float) -> bool:
-    rhat, bulk, tail = quality
-    return rhat < 1.01 and bulk >= target_ess and tail >= target_ess
-
-
-def _verdict(
-    quality: tuple[float, float, float], divergences: int, total: int, target_ess: float
-) -> tuple[bool, str]:
-    rhat, bulk, tail = quality
-    text = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f} over {total} draws"
-    if not _good(quality, target_ess):
-        return False, f"{text}: wanted R-hat below 1.01 and ESS of at least {target_ess:.0f}"
-    if divergences > 0.001 * total:
-        return (
-            False,
-            f"{divergences} divergent of {total} trajectories: the posterior has a region they cannot enter",
-        )
-    return True, text + (f", {divergences} divergent" if divergences else "")

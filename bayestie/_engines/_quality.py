@@ -1,0 +1,39 @@
+"""When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
+
+from torch import Tensor
+
+from bayestie._diagnostics import effective_sample_size, split_rhat
+
+MAX_RHAT = 1.01
+MAX_DIVERGENT = 0.001  # of all trajectories
+
+
+def quality(draws: Tensor) -> tuple[float, float, float]:
+    """(max R-hat, min bulk ESS, min tail ESS) over the columns of (chains, draws, Q) that vary."""
+    moving = draws[..., draws.amax((0, 1)) > draws.amin((0, 1))]
+    if moving.shape[-1] == 0:
+        return float("inf"), 0.0, 0.0
+    bulk, tail = effective_sample_size(moving)
+    return float(split_rhat(moving).max()), float(bulk.min()), float(tail.min())
+
+
+def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
+    """Whether R-hat and both effective sample sizes are where they should be."""
+    rhat, bulk, tail = quality
+    return rhat < MAX_RHAT and bulk >= target_ess and tail >= target_ess
+
+
+def chain_verdict(
+    quality: tuple[float, float, float], divergences: int, total: int, target_ess: float
+) -> tuple[bool, str]:
+    """Certified or not, and why, for chains of ``total`` draws in all."""
+    rhat, bulk, tail = quality
+    text = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f} over {total} draws"
+    if not is_good(quality, target_ess):
+        return False, f"{text}: wanted R-hat below {MAX_RHAT} and ESS of at least {target_ess:.0f}"
+    if divergences > MAX_DIVERGENT * total:
+        return (
+            False,
+            f"{divergences} divergent of {total} trajectories: the posterior has a region they cannot enter",
+        )
+    return True, text + (f", {divergences} divergent" if divergences else "")
