@@ -180,6 +180,13 @@ def _dims_of(
     names = names[:num_event] + [None] * (num_event - len(names))
     event = tuple(dim if dim is not None else f"{name}_dim_{i}" for i, dim in enumerate(names))
     dims = (*leading, *event)
+    if any("/" in dim for dim in dims):
+        raise NameLookupError(
+            f"dims of {name!r} in group {group}",
+            found=f"{list(dims)}, with '/' in a name",
+            expected="names that can stand inside a file",
+            fix="Rename the plate or the entry of dims=.",
+        )
     if len(set(dims)) != len(dims):
         raise ShapeError(
             f"dims of {name!r} in group {group}",

@@ -57,7 +57,7 @@ def rich_tree():
         "lag": np.array([1, 2, 3], dtype="timedelta64[s]"),
     }
     shape = (2, 2, 4)
-    posterior = {
+    posterior: dict[str, Any] = {
         f"by_{dim}": np.random.default_rng(0).normal(size=(*shape, len(values)))
         for dim, values in labels.items()
     }
@@ -148,6 +148,7 @@ def test_energy_keeps_the_names_of_the_last_axes():
     [
         ({"coords": {"school": ["a", "b"]}}, ShapeError, "length 4.*(2,)"),
         ({"event_dims": {"theta": ["chain"]}}, ShapeError, "different name for every axis"),
+        ({"event_dims": {"y": ["a/b"]}}, NameLookupError, "'/' in a name"),
         ({"event_dims": {"y": ["y"]}}, NameLookupError, "its own dimensions"),
         ({"groups": {"posterior": {"theta": np.zeros((3, 2))}}}, ShapeError, r"\(3, 2\)"),
         ({"groups": {"posterior": {"a/b": np.zeros((3, 2, 5))}}}, NameLookupError, "'a/b'"),

@@ -52,6 +52,7 @@ class _Column:
     judge: Callable[[Any, int], str]
 
 
+# All judgements below are written so that NaN fails them: a check that could not be made was not passed.
 def _fine(value: Any, num_draws: int) -> str:
     return ""
 
@@ -68,17 +69,17 @@ def _khat_text(value: float) -> str:
 
 def _judge_khat(value: float, num_draws: int) -> str:
     limit = good_k(max(num_draws, 10))
-    return f"importance weights unreliable: khat above {limit:.2f}" if value > limit else ""
+    return f"importance weights unreliable: khat above {limit:.2f}" if not value <= limit else ""
 
 
 def _judge_pareto(value: float, num_draws: int) -> str:
     limit = good_k(max(num_draws, 10))
-    return f"LOO score unreliable: largest Pareto k above {limit:.2f}" if value > limit else ""
+    return f"LOO score unreliable: largest Pareto k above {limit:.2f}" if not value <= limit else ""
 
 
 def _judge_ess(which: str) -> Callable[[float, int], str]:
     return lambda value, _: (
-        f"too few effective draws in the {which}: below {MIN_ESS}" if value < MIN_ESS else ""
+        f"too few effective draws in the {which}: below {MIN_ESS}" if not value >= MIN_ESS else ""
     )
 
 
@@ -99,7 +100,7 @@ COLUMNS = (
         "R̂",
         f"Largest over all parameters; chains agree below {MAX_RHAT}.",
         lambda value: f"{value:.3f}" if np.isfinite(value) else "\N{EN DASH}",
-        lambda value, _: f"chains disagree: R-hat above {MAX_RHAT}" if value > MAX_RHAT else "",
+        lambda value, _: f"chains disagree: R-hat above {MAX_RHAT}" if not value <= MAX_RHAT else "",
     ),
     _Column(
         "min_ess_bulk", "ESS bulk", "Smallest effective number of draws, centre.", _plain, _judge_ess("bulk")
@@ -115,7 +116,9 @@ COLUMNS = (
         "Divergences",
         "Trajectories that broke down; any is a warning.",
         _plain,
-        lambda value, _: "divergent trajectories: parts of the posterior may be missing" if value > 0 else "",
+        lambda value, _: (
+            "divergent trajectories: parts of the posterior may be missing" if not value <= 0 else ""
+        ),
     ),
     _Column(
         "max_pareto_k", "LOO k", "Largest Pareto k of the leave-one-out scores.", _khat_text, _judge_pareto

@@ -168,7 +168,7 @@ def _check(
 
 def _groups(tree: xr.DataTree, observed: xr.DataArray) -> tuple[np.ndarray, tuple[str, ...], str] | None:
     """Which copy each observation belongs to, where the model says so, with the copies' labels."""
-    for site, record in tie_records(tree).items():
+    for record in tie_records(tree).values():
         if len(record["copy_dims"]) != 1 or record["kind"] in ("chain", "ring"):
             continue
         (dim,) = record["copy_dims"]

@@ -56,6 +56,8 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 7.5,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
+    # The same figure gives the same file.
+    "svg.hashsalt": "bayestie",
     "text.parse_math": False,
     "text.usetex": False,
 }
