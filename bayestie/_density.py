@@ -153,20 +153,27 @@ class _Family:
     distribution: type
     names: tuple[str, ...]  # parameters that are functions of the latents
     links: tuple[Any, ...]  # transform predictor -> parameter; None is the identity
-    fixed: dict[str, Tensor]  # the other parameters
-    value: Tensor
-    scale: Any
-    mask: Any
+    # The other parameters, the data, its scale, mask and weight: (S, *shape), or (1, *shape) where all
+    # points agree.
+    constants: dict[str, Tensor]
     shape: torch.Size
 
-    def log_density(self, *predictors: Tensor) -> Tensor:
-        """Elementwise log density, summed over nothing; predictors have shape (..., *shape)."""
+    def log_density(self, points: Tensor, *predictors: Tensor) -> Tensor:
+        """Elementwise log density, summed over nothing; predictors have shape (P, batch, *shape)."""
+        here = {
+            name: x.unsqueeze(1) if len(x) == 1 else x[points].unsqueeze(1)
+            for name, x in self.constants.items()
+        }
+        value, scale, mask, weight = (here.pop(name) for name in _MESSAGE)
         parameters = {
             n: eta if link is None else link(eta)
             for n, link, eta in zip(self.names, self.links, predictors, strict=True)
         }
-        fn = self.distribution(**parameters, **self.fixed, validate_args=False)
-        return scale_and_mask(fn.log_prob(self.value), self.scale, self.mask)
+        log_density = self.distribution(**parameters, **here, validate_args=False).log_prob(value)
+        return scale_and_mask(log_density, scale * weight, mask.bool())
+
+
+_MESSAGE = ("<value>", "<scale>", "<mask>", "<weight>")
 
 
 class _Map:
@@ -254,10 +261,10 @@ class AffineDensity:
             start += size * len(family.names)
         return parts
 
-    def _likelihood(self, eta: Tensor) -> Tensor:
+    def _likelihood(self, points: Tensor, eta: Tensor) -> Tensor:
         total: Any = 0.0
         for family, predictors in zip(self.families, self._split(eta), strict=True):
-            total = total + family.log_density(*predictors).flatten(eta.dim() - 1).sum(-1)
+            total = total + family.log_density(points, *predictors).flatten(2).sum(-1)
         return total
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
@@ -273,7 +280,7 @@ class AffineDensity:
 
     def _value(self, points: Tensor, position: Tensor) -> Tensor:
         with torch.no_grad(), self.program.quiet():
-            likelihood = self._likelihood(self._map(points).forward(position))
+            likelihood = self._likelihood(points, self._map(points).forward(position))
         return likelihood + self.rest(points, position)[0]
 
     def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +288,7 @@ class AffineDensity:
         for part in self._chunks(points, position):
             eta = self._map(points).forward(part).requires_grad_(True)
             with self.program.quiet(), torch.enable_grad():
-                likelihood = self._likelihood(eta)
+                likelihood = self._likelihood(points, eta)
                 (slope,) = torch.autograd.grad(likelihood.sum(), eta)
             rest, rest_grad = self.rest(points, part)
             values.append(likelihood.detach() + rest)
@@ -290,13 +297,14 @@ class AffineDensity:
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
         matrix = self.matrix[points]
-        eta = (torch.einsum("smd,sd->sm", matrix, position) + self.offset[points]).requires_grad_(True)
+        eta = torch.einsum("smd,sd->sm", matrix, position) + self.offset[points]
+        eta = eta.unsqueeze(1).requires_grad_(True)
         hessian = self._prior_hessian(points, position).clone()
         start = 0
         with self.program.quiet(), torch.enable_grad():
             for family, predictors in zip(self.families, self._split(eta), strict=True):
                 size, count = family.shape.numel(), len(family.names)
-                total = family.log_density(*predictors).sum()
+                total = family.log_density(points, *predictors).sum()
                 first = torch.autograd.grad(total, predictors, create_graph=True)
                 for i in range(count):
                     # Elementwise density: the gradient of the summed slope is the i-th row of every
@@ -386,14 +394,14 @@ def _affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | No
 
 
 def _find_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | None:
-    num_points = len(next(iter(program.swept.values()))) if program.swept else 1
+    num_points = program.num_points
     points = torch.arange(num_points, device=program.device)
     inputs = program.point_inputs(points)
     dim, dtype, device = program.num_latent, program.dtype, program.device
     generator = torch.Generator().manual_seed(program.seed)
     probe = 0.5 * torch.randn(3, num_points, dim, dtype=dtype, generator=generator).to(device)
 
-    families = _families(program, probe[0, 0], inputs.unflatten([x[0] for x in inputs.flat()]))
+    families = _families(program, probe[0])
     rows = sum(f.shape.numel() * len(f.names) for f in families)
     if not families or rows * dim * num_points > MAX_AFFINE:
         return None
@@ -433,10 +441,11 @@ def _find_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity
     return density if bool(agree.all()) else None
 
 
-def _families(program: LaneProgram, position: Tensor, inputs: LaneInputs) -> list[_Family]:
-    other = position + torch.linspace(0.1, 0.7, len(position), dtype=position.dtype, device=position.device)
+def _families(program: LaneProgram, position: Tensor) -> list[_Family]:
+    """The likelihood sites whose parameters move with the latents, with their constants at every point."""
+    first = program.point(0)
     with program.quiet():
-        here, there = (_predictors(program, at, inputs) for at in (position, other))
+        here, there = (_predictors(program, at, first) for at in (position[0], position[0] + 0.37))
     families = []
     for name, (msg, parameters) in here.items():
         base = base_distribution(msg["fn"])
@@ -444,12 +453,32 @@ def _families(program: LaneProgram, position: Tensor, inputs: LaneInputs) -> lis
         if not moving:
             continue
         links = tuple(_link(type(base).arg_constraints[n]) for n in moving)
-        fixed = {n: getattr(base, n) for n in parameters if n not in moving}
         shape = torch.Size(np.broadcast_shapes(base.batch_shape, msg["value"].shape))
-        families.append(
-            _Family(name, type(base), moving, links, fixed, msg["value"], msg["scale"], msg["mask"], shape)
-        )
+        still = tuple(n for n in parameters if n not in moving)
+        constants = _constants(program, name, still, shape, position)
+        families.append(_Family(name, type(base), moving, links, constants, shape))
     return families
+
+
+def _constants(
+    program: LaneProgram, site: str, names: tuple[str, ...], shape: torch.Size, position: Tensor
+) -> dict[str, Tensor]:
+    inputs = program.points
+
+    def one(u: Tensor, *flat: Tensor) -> dict[str, Tensor]:
+        own = inputs.unflatten(flat)
+        msg = _predictors(program, u, own)[site][0]
+        base = base_distribution(msg["fn"])
+        mask = True if msg["mask"] is None else msg["mask"]
+        found = [msg["value"], msg["scale"], mask, own.weights.get(site, 1.0)]
+        found += [getattr(base, n) for n in names]
+        tensors = [torch.as_tensor(x, device=u.device).to(u.dtype).expand(shape) for x in found]
+        return dict(zip((*_MESSAGE, *names), tensors, strict=True))
+
+    with program.quiet():
+        values = torch.vmap(one)(position, *inputs.flat())
+    alike = {n: ((x == x[:1]) | (torch.isnan(x) & torch.isnan(x[:1]))).all() for n, x in values.items()}
+    return {n: x[:1] if bool(alike[n]) else x for n, x in values.items()}
 
 
 def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:

@@ -373,6 +373,9 @@ class LaneProgram:
         args: its positional arguments; floats are cast to ``dtype``.
         kwargs: its keyword arguments, without the swept ones.
         swept: a value, shape (num_points,), of each swept keyword at every point of the sweep.
+        weights: a weight per observation, (num_points, *site shape), by observed site: its log density is
+            multiplied by it. 0 leaves an observation out.
+        data: arguments that differ from point to point, (num_points, *argument shape), by name.
         device: where to run.
         dtype: working precision, float64 unless asked otherwise.
 
@@ -389,6 +392,8 @@ class LaneProgram:
         kwargs: Mapping[str, Any] | None = None,
         swept: Mapping[str, Tensor] | None = None,
         *,
+        weights: Mapping[str, Tensor] | None = None,
+        data: Mapping[str, Tensor] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
@@ -396,7 +401,11 @@ class LaneProgram:
         self.device = torch.device("cpu") if device is None else device
         self.dtype = dtype
         self.model = model
-        self.swept = {k: v.to(dtype=dtype, device=self.device) for k, v in (swept or {}).items()}
+        self.points = LaneInputs(
+            *(to_tensors(dict(part or {}), dtype, self.device) for part in (swept, weights, data))
+        )
+        self.swept = self.points.swept
+        self.num_points = len(self.points.flat()[0]) if self.points.flat() else 1
         check_keywords(model, args, kwargs or {}, self.swept)
         self.args = to_tensors(tuple(args), dtype, self.device)
         self.kwargs = to_tensors(dict(kwargs or {}), dtype, self.device)
@@ -411,32 +420,39 @@ class LaneProgram:
     # -- the validated run ---------------------------------------------------------------------------
 
     def _first_runs(self) -> None:
-        num_points = len(next(iter(self.swept.values()))) if self.swept else 1
+        # Every strength is run: an impossible one must be refused before any work is done. Hundreds of
+        # data sets are not: a spread of them stands for all.
+        chosen = (
+            range(self.num_points)
+            if self.num_points <= 100
+            else range(0, self.num_points, self.num_points // 50)
+        )
         with (
             torch.random.fork_rng(devices=[]),
             model_defaults(self.dtype, self.device),
             pyro.validation_enabled(True),
         ):
             torch.manual_seed(self.seed)
-            # Every point is run: an impossible strength must be refused before any work is done.
-            for point in range(num_points):
-                keywords = {name: values[point] for name, values in self.swept.items()}
+            for point in chosen:
+                inputs = self.point(point)
+                args, kwargs = self._arguments(inputs)
                 first = _FirstRun()
                 try:
                     with first:
-                        self.model(*self.args, **self.kwargs, **keywords)
+                        self.model(*args, **kwargs)
                 except BayestieError:
                     raise
                 except Exception as error:
-                    raise self._explain(error, first, keywords) from error
+                    raise self._explain(error, first, inputs) from error
                 if point == 0:
                     self._read_sites(first.messages)
                 for name, site in first.messages.items():
                     if "bayestie" in site["infer"]:
                         self.tie_strengths.setdefault(name, []).append(site["infer"]["bayestie"]["sigma"])
 
-    def _explain(self, error: Exception, first: _FirstRun, keywords: Mapping[str, Any]) -> BayestieError:
-        arguments = dict(zip(self.argument_names, self.args, strict=False)) | self.kwargs
+    def _explain(self, error: Exception, first: _FirstRun, inputs: LaneInputs) -> BayestieError:
+        args, keywords = self._arguments(inputs)
+        arguments = dict(zip(self.argument_names, args, strict=False)) | keywords
         for name, value in arguments.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                 return DataError(
@@ -447,7 +463,7 @@ class LaneProgram:
                 )
         last = next(reversed(first.messages), None)
         where = "before its first site" if last is None else f"after site '{last}'"
-        at = ", ".join(f"{k}={float(v):g}" for k, v in keywords.items())
+        at = ", ".join(f"{k}={float(v):g}" for k, v in inputs.swept.items())
         return ModelError(
             f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'"
             + (f" at {at}" if at else ""),
@@ -642,7 +658,11 @@ class LaneProgram:
 
     def point_inputs(self, points: Tensor) -> LaneInputs:
         """Lane inputs for the sweep's points named by the index tensor ``points``, shape (lanes,)."""
-        return LaneInputs(swept={name: values[points] for name, values in self.swept.items()})
+        return self.points.take(points)
+
+    def point(self, index: int) -> LaneInputs:
+        """The inputs of one point, without a lane axis."""
+        return self.points.unflatten([x[index] for x in self.points.flat()])
 
 
 def _is_numerical(error: Exception) -> bool:
