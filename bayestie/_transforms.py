@@ -8,11 +8,12 @@ Householder: O(K). Cosine (DCT-II) and real Fourier: O(K log K) by an FFT of len
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def householder_synthesize(coefficients: Tensor) -> Tensor:
-    """(..., K-1) -> (..., K): the reflection that maps the first axis to the constant vector."""
+def householder_synthesize(coefficients: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r+1"]:
+    """The reflection that maps the first axis to the constant vector."""
     num = coefficients.shape[-1] + 1
     total = coefficients.sum(-1, keepdim=True)
     root = math.sqrt(num)
@@ -20,8 +21,8 @@ def householder_synthesize(coefficients: Tensor) -> Tensor:
     return torch.cat([total / root, rest], -1)
 
 
-def householder_analyze(x: Tensor) -> Tensor:
-    """(..., K) -> (..., K-1), the transpose of `householder_synthesize`."""
+def householder_analyze(x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K-1"]:
+    """The transpose of `householder_synthesize`."""
     num = x.shape[-1]
     root = math.sqrt(num)
     head, rest = x[..., :1], x[..., 1:]
@@ -34,8 +35,8 @@ def _half_turn(num: int, count: int, like: Tensor) -> Tensor:
     return torch.complex(angle.cos(), angle.sin())
 
 
-def dct(x: Tensor) -> Tensor:
-    """Orthonormal DCT-II, (..., K) -> (..., K).
+def dct(x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
+    """Orthonormal DCT-II.
 
     c_j = sqrt((2 - [j=0]) / K) sum_k x_k cos(pi j (2k + 1) / (2K)); one real FFT of length K
     (Makhoul 1980, doi:10.1109/TASSP.1980.1163351).
@@ -50,7 +51,7 @@ def dct(x: Tensor) -> Tensor:
     return torch.cat([both[..., :1] / math.sqrt(2.0), both[..., 1:]], -1)
 
 
-def inverse_dct(coefficients: Tensor) -> Tensor:
+def inverse_dct(coefficients: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
     """Inverse and transpose of `dct` (orthonormal DCT-III)."""
     num = coefficients.shape[-1]
     if num == 1:
@@ -70,8 +71,8 @@ def inverse_dct(coefficients: Tensor) -> Tensor:
     return torch.stack([even, odd], -1).flatten(-2)
 
 
-def fourier_synthesize(coefficients: Tensor) -> Tensor:
-    """(..., K-1) -> (..., K): cosines of frequency 1 .. K//2, then sines of frequency 1 .. (K-1)//2."""
+def fourier_synthesize(coefficients: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r+1"]:
+    """Cosines of frequency 1 .. K//2, then sines of frequency 1 .. (K-1)//2."""
     num = coefficients.shape[-1] + 1
     num_sines = (num - 1) // 2
     cosine, sine = coefficients[..., : num // 2], coefficients[..., num // 2 :]
@@ -87,8 +88,8 @@ def fourier_synthesize(coefficients: Tensor) -> Tensor:
     return torch.fft.irfft(half, n=num, norm="ortho")
 
 
-def fourier_analyze(x: Tensor) -> Tensor:
-    """(..., K) -> (..., K-1), the transpose of `fourier_synthesize`."""
+def fourier_analyze(x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K-1"]:
+    """The transpose of `fourier_synthesize`."""
     num = x.shape[-1]
     num_sines = (num - 1) // 2
     half = torch.fft.rfft(x, norm="ortho")
@@ -98,8 +99,8 @@ def fourier_analyze(x: Tensor) -> Tensor:
     return torch.cat([root * pairs.real, alone, -root * pairs.imag], -1)
 
 
-def cosine_squares(v: Tensor) -> Tensor:
-    """sum_j U_kj^2 v_j for the DCT-II basis U, (..., K) -> (..., K), in O(K log K).
+def cosine_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
+    """sum_j U_kj^2 v_j for the DCT-II basis U, in O(K log K).
 
     U_kj^2 = (1 + cos(2 pi j (k + 1/2) / K)) / K for j > 0, and 1/K for j = 0.
     """
@@ -109,8 +110,8 @@ def cosine_squares(v: Tensor) -> Tensor:
     return v.sum(-1, keepdim=True) / num + torch.fft.ifft(v * turn).real
 
 
-def cosine_step_squares(v: Tensor) -> Tensor:
-    """sum_j (U_kj - U_{k+1,j})^2 v_j for the DCT-II basis U, (..., K) -> (..., K-1).
+def cosine_step_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K-1"]:
+    """sum_j (U_kj - U_{k+1,j})^2 v_j for the DCT-II basis U.
 
     (U_kj - U_{k+1,j})^2 = l_j (1 - cos(2 pi j (k + 1) / K)) / K with l_j = 4 sin^2(pi j / (2K)).
     """
@@ -119,7 +120,7 @@ def cosine_step_squares(v: Tensor) -> Tensor:
     return weighted.sum(-1, keepdim=True) / num - torch.fft.ifft(weighted).real[..., 1:]
 
 
-def path_eigenvalues(num: int, like: Tensor) -> Tensor:
+def path_eigenvalues(num: int, like: Tensor) -> Float[Tensor, " {num}"]:
     """Laplacian eigenvalues 4 sin^2(pi j / (2K)) of a path of K copies, j = 0 .. K - 1."""
     j = torch.arange(num, dtype=like.dtype, device=like.device)
     return 4 * (j * (math.pi / (2 * num))).sin().square()
