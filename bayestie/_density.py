@@ -264,7 +264,7 @@ class AffineDensity:
     def _likelihood(self, points: Tensor, eta: Tensor) -> Tensor:
         total: Any = 0.0
         for family, predictors in zip(self.families, self._split(eta), strict=True):
-            total = total + family.log_density(points, *predictors).flatten(2).sum(-1)
+            total = total + family.log_density(points, *predictors).reshape(*eta.shape[:2], -1).sum(-1)
         return total
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:

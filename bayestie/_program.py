@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -126,7 +128,8 @@ def to_tensors(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
     def leaf(x: Any) -> Any:
         if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf":
-            x = torch.as_tensor(np.ascontiguousarray(x))
+            # A copy: torch takes neither negative strides nor read-only memory, and this keeps 0-d arrays 0-d.
+            x = torch.as_tensor(np.array(x, order="C"))
         if isinstance(x, Tensor):
             x = x.detach().to(device)
             return x.to(dtype) if x.is_floating_point() else x
@@ -146,12 +149,40 @@ def _cholesky_or_nan(input: Tensor, *, upper: bool = False) -> Tensor:
     return torch.where(info[..., None, None] == 0, factor, factor.new_full((), float("nan")))
 
 
+def _ordered_logistic(self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None) -> None:
+    # Pyro's constructor writes into a fresh tensor, which vmap refuses; the same numbers without writing.
+    q = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
+    self.predictor, self.cutpoints = predictor.expand(q.shape[:-1]), cutpoints.expand(q.shape)
+    p = torch.cat([q[..., :1], q[..., 1:] - q[..., :-1], 1.0 - q[..., -1:]], -1)
+    dist.Categorical.__init__(self, p, validate_args=validate_args)
+
+
+class _Enumerate(EnumMessenger):
+    """poutine.enum where vmap refuses ``value.data``: only the shape is wanted, which the value has."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
+
+
 def _is_subsample(msg: Any) -> bool:
     return isinstance(msg["fn"], _Subsample)
 
 
 def _is_enumerated(msg: Any) -> bool:
     return msg["infer"].get("enumerate") is not None
+
+
+def _is_deterministic(msg: Any) -> bool:
+    """pyro.deterministic, or the same thing as a pyro.infer.reparam leaves it behind."""
+    fn = msg["fn"]
+    left = msg["is_observed"] and getattr(fn, "_mask", None) is False and isinstance(fn.base_dist, dist.Delta)
+    return bool(msg["infer"].get("_deterministic")) or left
 
 
 def base_distribution(fn: Any) -> Any:
@@ -215,7 +246,7 @@ class _Lane(Messenger):
             return
         name = msg["name"]
         self.messages[name] = msg
-        if msg["infer"].get("_deterministic"):
+        if _is_deterministic(msg):
             return
         if self.on_observed is not None and name not in self.sites and not isinstance(msg["fn"], dist.Unit):
             self.on_observed(msg)
@@ -271,9 +302,10 @@ class _FirstRun(Messenger):
             )
         if not discrete:
             try:
-                support = msg["fn"].support
-                x = 0.2 * torch.randn(biject_to(support).inv(msg["fn"].sample()).shape)
-                msg["value"] = biject_to(support)(x)
+                transform = biject_to(msg["fn"].support)
+                # Shapes, not a sample: flat priors (ImproperUniform) have none.
+                x = 0.2 * torch.randn(transform.inverse_shape(msg["fn"].shape()))
+                msg["value"] = transform(x)
                 msg["done"] = True
             except NotImplementedError as error:
                 raise ModelError(
@@ -287,7 +319,7 @@ class _FirstRun(Messenger):
         if _is_subsample(msg):
             return
         self.messages[msg["name"]] = msg
-        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+        if msg["is_observed"] and not _is_deterministic(msg):
             _check_observed(msg)
 
 
@@ -479,7 +511,7 @@ class LaneProgram:
             value = msg["value"]
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             site = Site(name, shape, _dims(msg, shape), False, msg["infer"])
-            if msg["infer"].get("_deterministic"):
+            if _is_deterministic(msg):
                 deterministic[name] = site
             elif msg["is_observed"]:
                 if not type(msg["fn"]).__name__ == "Unit":  # pyro.factor: part of the density, not data
@@ -518,7 +550,7 @@ class LaneProgram:
         }
 
     def _enumerating(self, first_available_dim: int) -> Callable[..., Any]:
-        return poutine.enum(self.model, first_available_dim=first_available_dim)
+        return _Enumerate(first_available_dim=first_available_dim)(self.model)
 
     # -- one lane ------------------------------------------------------------------------------------
 
@@ -653,6 +685,7 @@ class LaneProgram:
             model_defaults(self.dtype, self.device),
             pyro.validation_enabled(False),
             mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
+            mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
         ):
             yield
 
