@@ -83,7 +83,7 @@ def unflatten(value: xr.DataArray, path: xr.DataTree, site: TiedSite) -> xr.Data
         shape = [theta.sizes[dim] for dim in dims]
         coords = {dim: moved.coords[dim] for dim in lead if dim in moved.coords}
         coords |= {dim: theta.coords[dim] for dim in dims if dim in theta.coords}
-        data = moved.values.reshape(*moved.shape[:-1], *shape)
+        data = moved.values.reshape((*moved.shape[:-1], *shape))
         value = xr.DataArray(data, dims=[*lead, *dims], coords=coords)
     kept = [dim for dim in (*swept_names(path), *own, *event) if dim in value.dims]
     return value.transpose(

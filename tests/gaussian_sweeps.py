@@ -93,20 +93,24 @@ def posterior(ties, point, y, noise):
 
 
 def gaussian_tree(ties, y, noise, grids, *, num_chains=4, num_draws=250, seed=0, sweep=None, keep=None):
-    """The tree that a sweep over `grids` (keyword -> strengths) by an exact engine returns."""
+    """The tree that a sweep over `grids` (keyword -> strengths) by an exact engine returns.
+
+    y may be a function of the swept point (a dict): data that vary along a keyword that is no strength.
+    """
     generator = np.random.default_rng(seed)
-    noise = np.broadcast_to(noise, y.shape)
     lead = [len(values) for values in grids.values()]
     shape = (num_chains, num_draws)
     points = list(itertools.product(*grids.values()))
     columns: dict[str, list] = {}
     evidence = []
     for at in points:
-        point = [dict(zip(grids, at, strict=True))[t.keyword] for t in ties]
-        found = _draw(ties, point, y, noise, shape, generator)
+        swept = dict(zip(grids, at, strict=True))
+        point = [swept[t.keyword] for t in ties]
+        data = y(swept) if callable(y) else y
+        found = _draw(ties, point, data, np.broadcast_to(noise, data.shape), shape, generator)
         for key, value in found.items():
             columns.setdefault(key, []).append(value)
-        evidence.append(log_evidence(ties, point, y, noise))
+        evidence.append(log_evidence(ties, point, data, noise))
     groups: dict[str, dict] = {}
     for key, values in columns.items():
         group, name = key.split("/")
@@ -124,7 +128,7 @@ def gaussian_tree(ties, y, noise, grids, *, num_chains=4, num_draws=250, seed=0,
         **{key: np.broadcast_to(value, lead) for key, value in (sweep or {}).items()},
     }
     groups["sweep"] = {key: value for key, value in full.items() if value is not None}
-    groups["observed_data"] = {"y": y}
+    groups["observed_data"] = {"y": data}
     return build_tree(
         swept=grids,
         groups=groups,

@@ -1,6 +1,7 @@
 """Log evidence: the three estimators against closed forms, for every form and on a grid of two ties."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -218,9 +219,8 @@ def test_a_fit_has_scalars():
     assert found.combined.ndim == 0 and float(found.combined_error) == 0
 
 
-def _skewed(generator):
+def _skewed(generator, a=6.0):
     """p(x) = exp(a x - exp(x)) unnormalised, Z = Gamma(a); g its Laplace Gaussian N(log a, 1 / a)."""
-    a = 6.0
 
     def densities(x):
         return a * x - np.exp(x), -0.5 * a * (x - math.log(a)) ** 2 + 0.5 * math.log(a / (2 * math.pi))
@@ -277,7 +277,7 @@ def test_bridge_with_honest_errors(make, with_laplace_draws):
 
 
 def test_without_laplace_draws_a_heavy_tailed_ratio_is_refused():
-    tree, _ = _bridge_tree(_skewed, 0, with_laplace_draws=False)
+    tree, _ = _bridge_tree(partial(_skewed, a=0.7), 0, with_laplace_draws=False)
     assert math.isnan(float(evidence(tree).bridge))
 
 
