@@ -168,7 +168,7 @@ class Assembly:
         if group in ("observed_data", "constant_data"):
             return variables
         lead = tuple(len(v) for v in self.swept.values())
-        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in variables.items()}
+        return {name: x.reshape((*lead, *x.shape[1:])) for name, x in variables.items()}
 
     def _sample_stats(self, draws: Draws, gaussian: LaplaceFit | None) -> dict[str, np.ndarray]:
         lp = draws.log_density.cpu().numpy()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayestie._density import MAX_ELEMENTS
-from bayestie._program import LaneInputs, LaneProgram, base_distribution
+from bayestie._program import LaneInputs, LaneProgram, base_distribution, seeded
 
 PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
 
@@ -133,6 +133,5 @@ def predict(program: LaneProgram, name: str, parameters: dict[str, np.ndarray], 
     Drawn outside vmap, where every distribution can sample.
     """
     tensors = {key: torch.as_tensor(value) for key, value in parameters.items()}
-    with torch.random.fork_rng(devices=[]), program.quiet():
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")), program.quiet():
         return program.observed_families[name](**tensors, validate_args=False).sample().numpy()

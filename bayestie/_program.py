@@ -98,6 +98,19 @@ def model_defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's random numbers from ``seed`` on, and afterwards the caller's state as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would seed every accelerator of the process, borrowed or not.
+        torch.default_generator.manual_seed(seed)
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for (None is the CPU), or a named error if it is not there.
 
@@ -217,10 +230,13 @@ class _Lane(Messenger):
         weights: Mapping[str, Tensor],
         without: Set[str] = frozenset(),
         on_observed: Callable[[Any], None] | None = None,
+        fills: Mapping[str, Tensor] | None = None,
+        imputed: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.sites, self.position, self.weights = sites, position, weights
         self.without, self.on_observed = without, on_observed
+        self.fills, self.imputed = fills or {}, imputed or {}
         self.log_jacobian = position.new_zeros(())
         self.log_densities: dict[str, Tensor] = {}  # site -> elementwise, scaled and masked
         self.messages: dict[str, Any] = {}
@@ -245,6 +261,7 @@ class _Lane(Messenger):
         if _is_subsample(msg):
             return
         name = msg["name"]
+        msg = self.mended(msg)
         self.messages[name] = msg
         if _is_deterministic(msg):
             return
@@ -257,6 +274,21 @@ class _Lane(Messenger):
             msg["scale"] = msg["scale"] * weight
         log_density = msg["fn"].log_prob(msg["value"])
         self.log_densities[name] = scale_and_mask(log_density, msg["scale"], msg["mask"])
+
+    def mended(self, msg: Any) -> Any:
+        """The message as it is scored, where masks need care; the model itself sees no difference.
+
+        An observation that is masked out may be NaN: its density is dropped, but its gradient would
+        stay NaN, so it is scored at a value that the site did observe. A latent that obs_mask= made for
+        an observation that is there enters nothing else; scored by its prior, it integrates to one,
+        where without a density it would be a flat direction.
+        """
+        name = msg["name"]
+        if name in self.fills:
+            return {**msg, "value": _filled(msg, self.fills[name])}
+        if name in self.imputed:
+            return {**msg, "mask": msg["mask"] | self.messages[self.imputed[name]]["mask"]}
+        return msg
 
     def log_joint(self) -> Tensor:
         total = self.log_jacobian
@@ -271,7 +303,7 @@ class _FirstRun(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.messages: dict[str, Any] = {}
-        self.log_joint = 0.0
+        self.fills: dict[str, Tensor] = {}  # observed site with masked rows -> a value it did observe
 
     def _pyro_sample(self, msg: Any) -> None:
         if _is_subsample(msg):
@@ -319,14 +351,31 @@ class _FirstRun(Messenger):
         if _is_subsample(msg):
             return
         self.messages[msg["name"]] = msg
-        if msg["is_observed"] and not _is_deterministic(msg):
-            _check_observed(msg)
+        if msg["is_observed"] and not _is_deterministic(msg) and isinstance(msg["value"], Tensor):
+            fill = _observed_value(msg)
+            if fill is not None:
+                self.fills[msg["name"]] = fill
+            _check_observed(msg, msg["value"] if fill is None else _filled(msg, fill))
 
 
-def _check_observed(msg: Any) -> None:
+def _observed_value(msg: Any) -> Tensor | None:
+    """A value of an observed site that its mask keeps, if it drops others."""
     value, mask = msg["value"], msg["mask"]
-    if not isinstance(value, Tensor):
-        return
+    if not isinstance(mask, Tensor) or bool(mask.all()) or not bool(mask.any()):
+        return None
+    batch = value.shape[: value.dim() - msg["fn"].event_dim]
+    shape = torch.broadcast_shapes(batch, mask.shape)
+    first = torch.nonzero(mask.expand(shape).reshape(-1))[0]
+    return value.expand(shape + value.shape[len(batch) :]).flatten(0, max(len(shape) - 1, 0))[first].squeeze(0)
+
+
+def _filled(msg: Any, fill: Tensor) -> Tensor:
+    mask = msg["mask"]
+    return torch.where(mask.reshape(mask.shape + (1,) * msg["fn"].event_dim), msg["value"], fill)
+
+
+def _check_observed(msg: Any, scored: Tensor) -> None:
+    value, mask = msg["value"], msg["mask"]
     kept = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else torch.as_tensor(mask)
     event_dim = msg["fn"].event_dim
     bad = ~torch.isfinite(value.to(torch.get_default_dtype()))
@@ -341,9 +390,9 @@ def _check_observed(msg: Any) -> None:
             fix="Drop those rows, or mask them with pyro.poutine.mask or obs_mask=.",
         )
     try:
-        log_density = msg["fn"].log_prob(value)
+        log_density = msg["fn"].log_prob(scored)
     except ValueError as error:
-        outside = "outside the support" in str(error) or "support" in str(error)
+        outside = "support" in str(error)
         raise (DataError if outside else ModelError)(
             f"observed site '{msg['name']}'",
             found=str(error).split("\n")[0][:300],
@@ -459,12 +508,14 @@ class LaneProgram:
             if self.num_points <= 100
             else range(0, self.num_points, self.num_points // 50)
         )
+        store = pyro.get_param_store()
+        self.params = to_tensors(store.get_state(), self.dtype, self.device)
         with (
-            torch.random.fork_rng(devices=[]),
+            seeded(self.seed, self.device),
             model_defaults(self.dtype, self.device),
             pyro.validation_enabled(True),
+            store.scope(self.params),
         ):
-            torch.manual_seed(self.seed)
             for point in chosen:
                 inputs = self.point(point)
                 args, kwargs = self._arguments(inputs)
@@ -478,9 +529,12 @@ class LaneProgram:
                     raise self._explain(error, first, inputs) from error
                 if point == 0:
                     self._read_sites(first.messages)
+                    self.fills = first.fills
                 for name, site in first.messages.items():
                     if "bayestie" in site["infer"]:
                         self.tie_strengths.setdefault(name, []).append(site["infer"]["bayestie"]["sigma"])
+        # pyro.param statements keep the values they have now: constants of the density.
+        self.params = to_tensors(self.params, self.dtype, self.device)
 
     def _explain(self, error: Exception, first: _FirstRun, inputs: LaneInputs) -> BayestieError:
         args, keywords = self._arguments(inputs)
@@ -539,6 +593,12 @@ class LaneProgram:
             )
         self.latent, self.observed, self.deterministic = latent, observed, deterministic
         self.enumerated = enumerated
+        # Pyro's obs_mask= makes a latent for every row, those that are observed as well.
+        self.imputed = {
+            f"{name}_unobserved": f"{name}_observed"
+            for name in deterministic
+            if f"{name}_unobserved" in latent and f"{name}_observed" in observed
+        }
         self.num_latent = start
         self.observed_families = {name: _elementwise_family(messages[name]["fn"]) for name in observed}
         self.observed_values = {name: messages[name]["value"].detach() for name in observed}
@@ -567,7 +627,7 @@ class LaneProgram:
         The densities of the sites in ``without`` are not taken; ``on_observed`` sees each observed
         message before its density would be.
         """
-        lane = _Lane(self.latent, position, inputs.weights, without, on_observed)
+        lane = _Lane(self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed)
         args, kwargs = self._arguments(inputs)
         with lane:
             self.model(*args, **kwargs)
@@ -584,11 +644,13 @@ class LaneProgram:
         """log p(u, y) of one lane, the Jacobian included; a scalar."""
         if not self.enumerated:
             return self.run_lane(position, inputs).log_joint()
-        lane = _Lane(self.latent, position, inputs.weights)
+        lane = _Lane(self.latent, position, inputs.weights, fills=self.fills, imputed=self.imputed)
         args, kwargs = self._arguments(inputs)
         model = self._enumerating(-1 - self.max_plate_nesting)
         with mock.patch.object(torch_log, "safe_log", _vmappable_safe_log), lane:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
+            for name in (*self.fills, *self.imputed):
+                trace.nodes[name].update(lane.mended(trace.nodes[name]))
             for name, weight in inputs.weights.items():
                 trace.nodes[name]["scale"] = trace.nodes[name]["scale"] * weight
             evaluator = TraceEinsumEvaluator(trace, True, self.max_plate_nesting)
@@ -686,6 +748,7 @@ class LaneProgram:
             pyro.validation_enabled(False),
             mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
             mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
+            pyro.get_param_store().scope(self.params) if self.params["params"] else contextlib.nullcontext(),
         ):
             yield
 
