@@ -178,14 +178,14 @@ def sweep(
     Raises:
         BayestieError: one of its named kinds.
     """
-    values = _checked_over(over)
+    values = checked_over(over)
     return _run(
         "sweep", model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device, guide,
         keep, dims, coords, progress, out,
     )  # fmt: skip
 
 
-def _checked_over(over: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+def checked_over(over: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
     if not isinstance(over, Mapping) or not over:
         raise OptionError(
             "over",
@@ -237,7 +237,7 @@ def _run(
     out: str | os.PathLike[str] | None,
 ) -> xr.DataTree:
     begin = time.perf_counter()
-    _check_options(engine, num_chains, num_draws, target_ess, guide)
+    check_options(engine, num_chains, num_draws, target_ess, guide)
     clash = [name for name in kwargs if name in swept]
     if clash:
         raise KeywordError(
@@ -323,7 +323,7 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceFit | None]:
 MAX_DENSE = 2000
 
 
-def _check_options(engine: str, num_chains: int, num_draws: int, target_ess: float, guide: str | None) -> None:
+def check_options(engine: str, num_chains: int, num_draws: int, target_ess: float, guide: str | None) -> None:
     if engine not in ENGINES:
         raise NameLookupError(
             "engine",
