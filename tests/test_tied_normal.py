@@ -247,8 +247,9 @@ def test_gradients(tie, form, sigma):
     values = [torch.tensor(v, requires_grad=True) for v in (sigma, *BASE)]
     theta = torch.randn(tie.num_copies, requires_grad=True)
     level = torch.randn((num,) if num > 1 else (), requires_grad=True)
-    assert torch.autograd.gradcheck(density, (*values, theta))
-    assert torch.autograd.gradcheck(parts, (*values, level, torch.randn(tie.rank, requires_grad=True)))
+    z = torch.randn(tie.rank, requires_grad=True)
+    assert torch.autograd.gradcheck(density, (*values, theta), fast_mode=True)
+    assert torch.autograd.gradcheck(parts, (*values, level, z), fast_mode=True)
 
 
 # -- limits --------------------------------------------------------------------------------------------------
@@ -470,16 +471,15 @@ def test_nuts_finds_the_exact_posterior():
 
 
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal])
-@pytest.mark.parametrize("event_shape", [(), (2,)])
-@pytest.mark.parametrize("vectorised", [False, True])
+@pytest.mark.parametrize(("event_shape", "vectorised"), [((), False), ((), True), ((2,), True)])
 def test_svi(guide_class, event_shape, vectorised):
     def model():
         return learned(event_shape=event_shape)
 
     guide = guide_class(model)
-    loss = Trace_ELBO(num_particles=3, vectorize_particles=vectorised, max_plate_nesting=0)
-    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.05}), loss)
-    losses: Any = [svi.step() for _ in range(25)]
+    loss = Trace_ELBO(num_particles=2, vectorize_particles=vectorised, max_plate_nesting=0)
+    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.1}), loss)
+    losses: Any = [svi.step() for _ in range(20)]
     assert all(map(math.isfinite, losses)) and sum(losses[-5:]) < sum(losses[:5])
 
 
@@ -561,7 +561,7 @@ def test_a_handler_may_pick_other_coordinates():
     assert "t_z" not in trace.nodes and not trace.nodes["t"]["is_observed"]
 
 
-LANES = ("exchangeable", "chain", "anchored", "ring-odd", "grid", "weighted", "groups-complete", "mixed")
+LANES = ("exchangeable", "chain", "anchored", "weighted", "groups-complete", "mixed")
 
 
 @pytest.mark.parametrize(("tie", "form"), [LEGAL[k] for k in LEGAL if k.rsplit("-", 1)[0] in LANES], ids=str)
