@@ -413,7 +413,7 @@ def _check_observed(msg: Any, scored: Tensor) -> None:
         )
 
 
-def _dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
+def plate_dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
     dims: list[str | None] = [None] * len(shape)
     event_dim = getattr(msg["fn"], "event_dim", 0)
     for frame in msg["cond_indep_stack"]:
@@ -564,7 +564,7 @@ class LaneProgram:
         for name, msg in messages.items():
             value = msg["value"]
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-            site = Site(name, shape, _dims(msg, shape), False, msg["infer"])
+            site = Site(name, shape, plate_dims(msg, shape), False, msg["infer"])
             if _is_deterministic(msg):
                 deterministic[name] = site
             elif msg["is_observed"]:
