@@ -58,7 +58,7 @@ class Assembly:
     def _named_dims(self, given: Mapping[str, Sequence[str]]) -> dict[str, list[str | None]]:
         program = self.program
         sites = {**program.latent, **program.observed, **program.deterministic}
-        arguments = self._arguments()
+        arguments = self.arguments()
         for name in given:
             if name not in sites and name not in arguments:
                 raise NameLookupError(
@@ -87,7 +87,7 @@ class Assembly:
             dims.setdefault(name, [s[0] if len(s) == 1 else None for s in own])
         return dims | {name: list(value) for name, value in given.items()}
 
-    def _arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> dict[str, Tensor]:
         """Tensor arguments of the model by name, without NaN or infinity."""
         program = self.program
         pairs = {**dict(zip(program.argument_names, program.args, strict=True)), **program.kwargs}
@@ -126,7 +126,7 @@ class Assembly:
                 if group not in self.keep:
                     groups.pop(group, None)
         groups["observed_data"] = {n: v.cpu().numpy() for n, v in program.observed_values.items()}
-        groups["constant_data"] = {n: v.cpu().numpy() for n, v in self._arguments().items()}
+        groups["constant_data"] = {n: v.cpu().numpy() for n, v in self.arguments().items()}
         groups["sweep"] = self._sweep_group(draws, groups, arrays, loo)
         groups = {group: self._shaped(group, variables) for group, variables in groups.items() if variables}
         attrs = {

@@ -490,7 +490,7 @@ class LaneProgram:
         check_keywords(model, args, kwargs or {}, self.swept)
         self.args = to_tensors(tuple(args), dtype, self.device)
         self.kwargs = to_tensors(dict(kwargs or {}), dtype, self.device)
-        self.argument_names = _argument_names(model, self.args)
+        self.argument_names = argument_names(model, self.args)
         self.seed = seed
         self.tie_strengths: dict[str, list[Any]] = {}  # tied site -> its sigma at every point, as first run
         self._first_runs()
@@ -768,7 +768,7 @@ def _is_numerical(error: Exception) -> bool:
     )
 
 
-def _argument_names(model: Callable[..., Any], args: Sequence[Any]) -> list[str]:
+def argument_names(model: Callable[..., Any], args: Sequence[Any]) -> list[str]:
     try:
         parameters = list(inspect.signature(model).parameters.values())
     except (TypeError, ValueError):
@@ -808,7 +808,7 @@ def check_keywords(
                 expected=f"one of {names}",
                 fix="Name a keyword of the model, or add it to the model's signature.",
             )
-    positional = _argument_names(model, args)
+    positional = argument_names(model, args)
     for name in swept:
         if name in positional:
             raise KeywordError(
