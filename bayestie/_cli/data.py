@@ -180,7 +180,8 @@ def match_arguments(
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     missing = [name for name in required if name not in arguments and name not in swept]
-    if missing:
+    known = takes_any or all(name in parameters for name in [*swept, *given])
+    if missing and known:  # a misspelt keyword is the news then, and the library names it
         near = [near_miss(name, unused) for name in missing]
         raise KeywordError(
             f"argument '{missing[0]}' of model '{model.__name__}'",

@@ -78,7 +78,7 @@ def _judged(value: float, form: str, bad: bool) -> Text:
 def _with_error(value: float, error: float) -> str:
     if not math.isfinite(value):
         return "-"
-    return f"{value:.2f}" + (f" ± {error:.2g}" if math.isfinite(error) and error > 0 else "")
+    return f"{value:.2f} ± {error:.2f}" if math.isfinite(error) and error >= 0.005 else f"{value:.2f}"
 
 
 def reasons(tree: xr.DataTree) -> list[Text]:
