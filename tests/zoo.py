@@ -1,7 +1,8 @@
 """Small Pyro models of every kind the lane program must run, with their data.
 
-A case may carry its own log joint in unconstrained space, where Pyro's potential is not the reference:
-Pyro fixes the map of a support at the first run, ours follows a support that moves with other latents.
+A case may carry its own log joint in unconstrained space, where Pyro's potential is not the reference.
+Pyro fixes the map of a support at the first run, ours follows a support that moves with other latents;
+and obs_mask= leaves flat directions in Pyro's potential, which ours fills with their prior.
 """
 
 import math
@@ -41,6 +42,7 @@ X = numbers(12, 3)
 Y = numbers(12, seed=1)
 COUNTS = torch.tensor([0.0, 2.0, 1.0, 5.0, 3.0, 0.0, 1.0, 4.0, 2.0, 2.0, 7.0, 1.0], dtype=torch.float64)
 YES = (numbers(12, seed=2) > 0).double()
+MASK = YES > 0.5
 GROUP = torch.arange(12) % 4
 CATEGORY = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1, 0, 1, 2, 0])
 
@@ -171,6 +173,12 @@ def missing_observations(y, mask):
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal(mu, 0.8), obs=y, obs_mask=mask)
+
+
+def missing_observations_log_joint(u: Tensor) -> Tensor:
+    likelihood = torch.distributions.Normal(u[0], 0.8)
+    log_joint = torch.distributions.Normal(0.0, 2.0).log_prob(u[0]) + likelihood.log_prob(u[1:]).sum()
+    return log_joint + likelihood.log_prob(Y[MASK]).sum()
 
 
 def factor(y):
@@ -346,7 +354,6 @@ def learned_strength(y, group):
         pyro.sample("y", dist.Normal(theta[group], 1.0), obs=y)
 
 
-MASK = YES > 0.5
 MATRIX = numbers(3, 4, seed=3)
 ROWS = numbers(5, 3, seed=4)
 MULTINOMIAL = torch.tensor([[3.0, 3.0, 4.0], [1.0, 2.0, 7.0]], dtype=torch.float64)
@@ -371,7 +378,7 @@ ZOO = {
         Case(moving_support, (Y,), log_joint=moving_support_log_joint),
         Case(masked, (Y, MASK), affine=True),
         Case(masked_regression, (X, Y, MASK), affine=True),
-        Case(missing_observations, (Y, MASK)),
+        Case(missing_observations, (Y, MASK), affine=True, log_joint=missing_observations_log_joint),
         Case(factor, (Y,)),
         Case(scaled, (X, Y), affine=True),
         Case(deterministic, (COUNTS,), affine=True),
@@ -385,7 +392,7 @@ ZOO = {
         Case(sequential_plate, (Y,), affine=True),
         Case(multivariate_normal, (ROWS,)),
         Case(ordered_logistic, (X, CATEGORY)),
-        Case(student_t, (X, Y)),
+        Case(student_t, (X, Y), affine=True),
         Case(negative_binomial, (X, COUNTS)),
         Case(zero_inflated, (COUNTS,)),
         Case(autoregression, (Y,), affine=True),
