@@ -496,7 +496,8 @@ class LaneProgram:
         self._first_runs()
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._calls: Counter[Any] = Counter()
-        self.loop_reason: str | None = None
+        self.loop_reason: str | None = None  # why lanes run one after another, if they do
+        self.trace_failure: str | None = None  # why there are no graphs, if there are none
 
     # -- the validated run ---------------------------------------------------------------------------
 
@@ -679,13 +680,18 @@ class LaneProgram:
             return graph
         self._calls[key] += 1
         eager = self.batched(gradient, inputs)
-        if self._calls[key] > TRACE_AFTER:
-            with self.quiet():
-                graph = make_fx(eager, _allow_non_fake_inputs=True)(position, *inputs.flat())
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            self._graphs[key] = graph
-            return graph
+        if self._calls[key] > TRACE_AFTER and self.trace_failure is None:
+            try:
+                with self.quiet():
+                    graph = make_fx(eager, _allow_non_fake_inputs=True)(position, *inputs.flat())
+            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+                # Lanes stay a batch, untraced: a model that reads numbers off tensors (a sequential plate).
+                self.trace_failure = _first_line(error)
+            else:
+                graph.graph.eliminate_dead_code()
+                graph.recompile()
+                self._graphs[key] = graph
+                return graph
 
         def run(*tensors: Tensor) -> Any:
             with self.quiet():
@@ -715,7 +721,7 @@ class LaneProgram:
         return value_and_grad
 
     def _fall_back(self, error: Exception) -> None:
-        self.loop_reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        self.loop_reason = _first_line(error)
         name = getattr(self.model, "__name__", type(self.model).__name__)
         warnings.warn(
             f"model '{name}' cannot be vectorised over lanes, so lanes run one after another ({self.loop_reason})",
@@ -759,6 +765,10 @@ class LaneProgram:
     def point(self, index: int) -> LaneInputs:
         """The inputs of one point, without a lane axis."""
         return self.points.unflatten([x[index] for x in self.points.flat()])
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _is_numerical(error: Exception) -> bool:
