@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
 from bayestie._diagnostics import effective_sample_size
-from bayestie._engines import Draws, LaplaceFit, Task
+from bayestie._engines import Draws, LaplaceProposal, Task
 from bayestie._errors import NameLookupError, OptionError
 from bayestie._psis import psis
 from bayestie._results import build_tree
@@ -45,7 +45,10 @@ class Assembly:
         unknown = sorted(set(keep or ()) - set(KEEP))
         if unknown:
             raise OptionError(
-                "keep", found=repr(unknown[0]), expected=f"names among {', '.join(KEEP)}", fix="Correct the name."
+                "keep",
+                found=repr(unknown[0]),
+                expected=f"names among {', '.join(KEEP)}",
+                fix="Correct the name.",
             )
         self.task, self.program = task, task.program
         self.swept, self.attrs, self.keep = dict(swept), attrs, keep
@@ -108,7 +111,7 @@ class Assembly:
         self.attrs["interrupted"] = 1
         return self.tree(draws, None, time.perf_counter() - seconds)
 
-    def tree(self, draws: Draws, gaussian: LaplaceFit | None, begin: float) -> xr.DataTree:
+    def tree(self, draws: Draws, gaussian: LaplaceProposal | None, begin: float) -> xr.DataTree:
         program = self.program
         arrays = collect(program, draws.points, draws.position, self._wanted(draws))
         groups: dict[str, dict[str, np.ndarray]] = {}
@@ -141,7 +144,9 @@ class Assembly:
             event_dims={n: d for n, d in event_dims.items() if any(n in g for g in groups.values())},
             coords=self.coords,
             attrs=attrs,
-            group_coords={"posterior_predictive": {"draw": thinned}} if "posterior_predictive" in groups else None,
+            group_coords={"posterior_predictive": {"draw": thinned}}
+            if "posterior_predictive" in groups
+            else None,
         )
         if draws.pool:
             tree["laplace_draws"] = self._pool(draws)
@@ -170,7 +175,7 @@ class Assembly:
         lead = tuple(len(v) for v in self.swept.values())
         return {name: x.reshape((*lead, *x.shape[1:])) for name, x in variables.items()}
 
-    def _sample_stats(self, draws: Draws, gaussian: LaplaceFit | None) -> dict[str, np.ndarray]:
+    def _sample_stats(self, draws: Draws, gaussian: LaplaceProposal | None) -> dict[str, np.ndarray]:
         lp = draws.log_density.cpu().numpy()
         stats = {"lp": lp}
         if gaussian is not None:
@@ -179,7 +184,9 @@ class Assembly:
         for name, neutral in SAMPLE_STATS.items():
             found = draws.stats.get(name)
             kind = type(neutral) if not isinstance(neutral, int) or isinstance(neutral, bool) else np.int64
-            stats[name] = np.full(lp.shape, neutral, kind) if found is None else found.cpu().numpy().astype(kind)
+            stats[name] = (
+                np.full(lp.shape, neutral, kind) if found is None else found.cpu().numpy().astype(kind)
+            )
         energy = draws.stats.get("energy")
         stats["energy"] = -lp if energy is None else np.where(energy.cpu() == 0, -lp, energy.cpu().numpy())
         return stats
@@ -206,13 +213,17 @@ class Assembly:
         count = len(draws.points)
         out: dict[str, list[float]] = {name: [] for name in ("elpd", "elpd_se", "p_loo", "max_pareto_k")}
         for i in range(count):
-            rows = np.concatenate([x[i].reshape(-1, math.prod(x.shape[3:])) for x in log_likelihood.values()], 1)
+            rows = np.concatenate(
+                [x[i].reshape(-1, math.prod(x.shape[3:])) for x in log_likelihood.values()], 1
+            )
             log_density = torch.as_tensor(rows).mT.contiguous()
             weights, khat = psis(-log_density)
             pointwise = torch.logsumexp(weights + log_density, 1)
             mean = torch.logsumexp(log_density, 1) - math.log(log_density.shape[1])
             out["elpd"].append(float(pointwise.sum()))
-            out["elpd_se"].append(float(pointwise.std() * math.sqrt(len(pointwise))) if len(pointwise) > 1 else 0.0)
+            out["elpd_se"].append(
+                float(pointwise.std() * math.sqrt(len(pointwise))) if len(pointwise) > 1 else 0.0
+            )
             out["p_loo"].append(float((mean - pointwise).sum()))
             out["max_pareto_k"].append(float(khat.max()))
         return {name: np.asarray(values) for name, values in out.items()}
@@ -254,10 +265,14 @@ class Assembly:
             if use.tie.scaled:
                 out[f"sigma_raw_{use.name}"] = values / math.sqrt(float(use.tie.scale_factor.reshape(-1)[0]))
             else:
-                out[f"sigma_scaled_{use.name}"] = values * math.sqrt(float(use.tie.typical_variance.reshape(-1)[0]))
+                out[f"sigma_scaled_{use.name}"] = values * math.sqrt(
+                    float(use.tie.typical_variance.reshape(-1)[0])
+                )
         return out
 
-    def _independent_quality(self, arrays: Mapping[str, np.ndarray], i: int, ess_weights: float) -> np.ndarray:
+    def _independent_quality(
+        self, arrays: Mapping[str, np.ndarray], i: int, ess_weights: float
+    ) -> np.ndarray:
         """R-hat and ESS of the stored rows, the ESS no larger than weights and resampling leave."""
         columns = [
             torch.as_tensor(x[i]).reshape(*x.shape[1:3], -1)
@@ -354,7 +369,9 @@ class Assembly:
                     moved[site.slice] = level.reshape(-1)
             after = program.run_lane(moved, inputs)
         for site, density in before.log_densities.items():
-            if site not in own and not torch.allclose(density, after.log_densities[site], rtol=1e-7, atol=1e-8):
+            if site not in own and not torch.allclose(
+                density, after.log_densities[site], rtol=1e-7, atol=1e-8
+            ):
                 return True
         return False
 
@@ -362,7 +379,10 @@ class Assembly:
 def _describe_base(base: Any) -> dict[str, Any]:
     if not isinstance(base, torch.distributions.Distribution):
         value = torch.as_tensor(base, dtype=torch.float64)
-        return {"base": f"{float(value):g} (known)" if value.numel() == 1 else "known", "base_known": value.tolist()}
+        return {
+            "base": f"{float(value):g} (known)" if value.numel() == 1 else "known",
+            "base_known": value.tolist(),
+        }
     inner = base
     while hasattr(inner, "base_dist"):
         inner = inner.base_dist

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import scipy.linalg
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -47,6 +48,23 @@ class Density(Protocol):
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
         """Second derivatives at one position per point: (P, num_latent) -> (P, num_latent, num_latent)."""
         ...
+
+    def axes(self, points: Tensor, factor: Tensor) -> Tensor:
+        """Rotate factors of covariances (P, D, D) so that their columns are axes the density is skew along."""
+        ...
+
+    def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
+        """log density at mode + nodes_g factor[:, j] less that at the mode, (P, D, G)."""
+        ...
+
+
+def triangular_axes(factor: Tensor) -> Tensor:
+    """Upper triangular factors of the same covariances: an axis moves a latent and those before it.
+
+    `tied` states the copies before what they share, so an axis of independent copies is one copy alone.
+    """
+    covariance = factor @ factor.mT
+    return torch.linalg.cholesky_ex(covariance.flip(-1, -2))[0].flip(-1, -2)
 
 
 def _widths(n: int) -> int:
@@ -98,6 +116,14 @@ class ProgramDensity:
         if self.program.loop_reason is not None:
             return self._loop_hessian(points, position)
         return hessian_by_lanes(self.program, self.program.log_joint, points, position, self.max_lanes)
+
+    def axes(self, points: Tensor, factor: Tensor) -> Tensor:
+        return triangular_axes(factor)
+
+    def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
+        steps = (factor.mT.unsqueeze(2) * nodes.view(1, 1, -1, 1)).flatten(1, 2)
+        value = self.value(points, mode.unsqueeze(1) + steps)
+        return (value - self.value(points, mode.unsqueeze(1))).reshape(len(points), self.num_latent, -1)
 
     def _loop_hessian(self, points: Tensor, position: Tensor) -> Tensor:
         # Central differences of the gradient: the loop route has no forward mode to lean on.
@@ -164,6 +190,17 @@ class _Family:
             name: x.unsqueeze(1) if len(x) == 1 else x[points].unsqueeze(1)
             for name, x in self.constants.items()
         }
+        return self._log_density(here, predictors)
+
+    def at(self, points: Tensor, rows: Tensor, predictors: Sequence[Tensor]) -> Tensor:
+        """The same for single observations: points and rows (n,), predictors (n, batch)."""
+        here = {}
+        for name, x in self.constants.items():
+            flat = x.reshape(len(x), -1)
+            here[name] = (flat[0, rows] if len(x) == 1 else flat[points, rows]).unsqueeze(1)
+        return self._log_density(here, predictors)
+
+    def _log_density(self, here: dict[str, Tensor], predictors: Sequence[Tensor]) -> Tensor:
         value, scale, mask, weight = (here.pop(name) for name in _MESSAGE)
         parameters = {
             n: eta if link is None else link(eta)
@@ -323,6 +360,62 @@ class AffineDensity:
                         hessian += torch.bmm((left * weight).mT, right)
                 start += size * count
         return hessian
+
+    def axes(self, points: Tensor, factor: Tensor) -> Tensor:
+        """Triangular axes where each moves few predictors, else axes by pivoted QR of the predictors.
+
+        The triangular ones are single copies given what they share, where copies do not see one another.
+        Otherwise (graphs, spectral coordinates) the j-th axis of the QR of the whitened predictors, the
+        least certain first, leaves the first j - 1 pivots still, so that late axes are one predictor's
+        conditional given nearly all others: where a likelihood is skew, it is skew along predictors.
+        """
+        triangular = triangular_axes(factor)
+        moved = torch.bmm(self.matrix[points[:1]], triangular[:1])
+        if float((moved.abs() > 1e-12 * moved.abs().max()).to(moved).mean()) < 0.3:
+            return triangular
+        rotated = []
+        for point, one in zip(points.tolist(), factor, strict=True):
+            rows = self.matrix[point]
+            if len(rows) > 8 * self.num_latent:  # a spread of the observations points the same way
+                rows = rows[:: len(rows) // (8 * self.num_latent)]
+            rotation, _, _ = scipy.linalg.qr((rows @ one).mT.cpu().numpy(), mode="full", pivoting=True)
+            rotated.append(one @ torch.as_tensor(rotation[:, : self.num_latent].copy()).to(one))
+        return torch.stack(rotated)
+
+    def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
+        """Most axes move few predictors; only those are evaluated."""
+        matrix = self.matrix[points]
+        moved = torch.bmm(matrix, factor)  # (P, M, D)
+        centre = torch.einsum("smd,sd->sm", matrix, mode) + self.offset[points]
+        out = self._rest_profile(points, mode, factor, nodes)
+        start = 0
+        with torch.no_grad(), self.program.quiet():
+            for family in self.families:
+                size, count = family.shape.numel(), len(family.names)
+                part = slice(start, start + size * count)
+                steps = moved[:, part].reshape(len(points), count, size, -1)
+                here = centre[:, part].reshape(len(points), count, size)
+                tiny = 1e-12 * steps.abs().amax((2, 3), keepdim=True)
+                point, row, axis = torch.nonzero((steps.abs() > tiny).any(1), as_tuple=True)
+                chunk = max(1, MAX_ELEMENTS // (2 * len(nodes)))
+                for at in (slice(i, i + chunk) for i in range(0, len(point), chunk)):
+                    p, r, j = point[at], row[at], axis[at]
+                    base = [here[p, i, r].unsqueeze(1) for i in range(count)]
+                    along = [b + steps[p, i, r, j].unsqueeze(1) * nodes for i, b in enumerate(base)]
+                    change = family.at(points[p], r, along) - family.at(points[p], r, base)
+                    out.view(-1, len(nodes)).index_add_(0, p * self.num_latent + j, change)
+                start += size * count
+        return out
+
+    def _rest_profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
+        if self.quadratic is not None:
+            _, slope, curvature = (x[points] for x in self.quadratic)
+            first = ((slope + torch.einsum("sij,sj->si", curvature, mode)).unsqueeze(1) @ factor).squeeze(1)
+            second = (factor * (curvature @ factor)).sum(1)
+            return first.unsqueeze(-1) * nodes + 0.5 * second.unsqueeze(-1) * nodes.square()
+        steps = (factor.mT.unsqueeze(2) * nodes.view(1, 1, -1, 1)).flatten(1, 2)
+        value = self.rest(points, mode.unsqueeze(1) + steps)[0] - self.rest(points, mode.unsqueeze(1))[0]
+        return value.reshape(len(points), self.num_latent, -1)
 
     def _prior_hessian(self, points: Tensor, position: Tensor) -> Tensor:
         if self.quadratic is not None:

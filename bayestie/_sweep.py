@@ -17,7 +17,7 @@ import xarray as xr
 from bayestie._assemble import Assembly
 from bayestie._collect import quantities
 from bayestie._density import build_density
-from bayestie._engines import Draws, Interrupted, LaplaceFit, Task, run_laplace, run_nuts
+from bayestie._engines import Draws, Interrupted, LaplaceProposal, Task, run_laplace, run_nuts
 from bayestie._errors import InferenceError, KeywordError, NameLookupError, OptionError, StrengthError
 from bayestie._program import LaneProgram, resolve_device
 from bayestie._results import save
@@ -290,7 +290,7 @@ def _run(
 PACKAGES = {"bayestie": "bayestie", "torch": "torch", "pyro": "pyro-ppl", "arviz": "arviz"}
 
 
-def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceFit | None]:
+def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
     """Draws at every point by the named engine, with the Laplace fit that gives their evidence."""
     if engine == "pyro_nuts":
         return run_pyro_nuts(task), None
@@ -312,7 +312,7 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceFit | None]:
     index = torch.tensor(refused, device=task.program.device)
     finished = [i for i in range(task.num_points) if i not in refused]
     try:
-        draws.replace(run_nuts(task, index, gaussian.take(index)))
+        draws.replace(run_nuts(task, index, gaussian.fit.take(index)))
     except Interrupted as interruption:
         draws.replace(interruption.draws)
         finished += interruption.draws.points.tolist()
@@ -333,10 +333,16 @@ def check_options(engine: str, num_chains: int, num_draws: int, target_ess: floa
         )
     for name, value, least in (("num_chains", num_chains, 1), ("num_draws", num_draws, 4)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise OptionError(name, found=repr(value), expected=f"a whole number of at least {least}", fix="Raise it.")
+            raise OptionError(
+                name, found=repr(value), expected=f"a whole number of at least {least}", fix="Raise it."
+            )
     if not (isinstance(target_ess, int | float) and 0 < target_ess < math.inf):
-        raise OptionError("target_ess", found=repr(target_ess), expected="a positive number", fix="400 is usual.")
-    if guide is not None and (engine not in ("svi", "pyro_svi") or (isinstance(guide, str) and guide not in GUIDES)):
+        raise OptionError(
+            "target_ess", found=repr(target_ess), expected="a positive number", fix="400 is usual."
+        )
+    if guide is not None and (
+        engine not in ("svi", "pyro_svi") or (isinstance(guide, str) and guide not in GUIDES)
+    ):
         raise OptionError(
             "guide",
             found=f"{guide!r} with engine '{engine}'",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayestie._engines._laplace import LaplaceFit, fit_laplace
+from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import chain_verdict, is_good, quality
 

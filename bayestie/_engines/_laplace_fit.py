@@ -1,0 +1,176 @@
+"""The Gaussian at the mode of every point: batched damped Newton, and the curvature it ends at."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayestie._engines._protocol import Task
+
+MAX_ITERATIONS = 100
+_NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
+
+
+@dataclass
+class LaplaceFit:
+    """A Gaussian at each point: u = mode + factor z, z standard normal.
+
+    Shapes: mode (P, D), factor (P, D, D), log_det (P,) of the factor, converged (P,), num_modes (P,).
+    """
+
+    points: Tensor
+    mode: Tensor
+    factor: Tensor
+    log_det: Tensor
+    converged: Tensor
+    num_modes: Tensor
+
+    def take(self, index: Tensor) -> "LaplaceFit":
+        fields = ("points", "mode", "factor", "log_det", "converged", "num_modes")
+        return LaplaceFit(*(getattr(self, name)[index] for name in fields))
+
+    def to_position(self, z: Tensor) -> Tensor:
+        """(P, batch, D) whitened -> position."""
+        return self.mode.unsqueeze(1) + torch.bmm(z, self.factor.mT)
+
+    @property
+    def num_noise(self) -> int:
+        return self.mode.shape[1]
+
+    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
+        return self.to_position(noise), self.whitened_log_density(noise)
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Log density of the Gaussian at positions (P, batch, D)."""
+        centred = (position - self.mode.unsqueeze(1)).mT
+        z = torch.linalg.solve_triangular(self.factor, centred, upper=False)
+        return self.whitened_log_density(z.mT)
+
+    def whitened_log_density(self, z: Tensor) -> Tensor:
+        dim = z.shape[-1]
+        return -0.5 * z.square().sum(-1) - 0.5 * dim * math.log(2.0 * math.pi) - self.log_det.unsqueeze(1)
+
+
+def fit_laplace(task: Task, points: Tensor) -> LaplaceFit:
+    """Mode and curvature at every point, from the origin and, on a few points, from other starts too."""
+    density, dim = task.density, task.density.num_latent
+    origin = task.normals((len(points), dim), 101) * 1e-3
+    mode, value, converged = _newton(task, points, origin)
+    num_modes = torch.ones(len(points), dtype=torch.long, device=points.device)
+    if not _is_log_concave(task):
+        mode, value, converged, num_modes = _other_starts(task, points, mode, value, converged, num_modes)
+    precision = -density.hessian(points, mode)
+    factor, log_det, positive = _covariance_factor(precision)
+    return LaplaceFit(points, mode, factor, log_det, converged & positive, num_modes)
+
+
+def _is_log_concave(task: Task) -> bool:
+    # Affine predictors with Gaussian priors: log-concave whenever the likelihood is in its predictor.
+    # The likelihoods torch has that are not (Student's t, Cauchy) are named.
+    families = getattr(task.density, "families", None)
+    heavy = {"StudentT", "Cauchy", "HalfCauchy"}
+    return (
+        families is not None
+        and getattr(task.density, "quadratic", None) is not None
+        and all(f.distribution.__name__ not in heavy and len(f.names) == 1 for f in families)
+    )
+
+
+def _other_starts(
+    task: Task, points: Tensor, mode: Tensor, value: Tensor, converged: Tensor, num_modes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Newton from two random starts at up to four points spread over the sweep."""
+    count = len(points)
+    chosen = torch.unique(torch.linspace(0, count - 1, min(count, 4)).round().long()).to(points.device)
+    for attempt in range(2):
+        start = torch.as_tensor(
+            task.generator(102, attempt).uniform(-2.0, 2.0, (len(chosen), mode.shape[1])),
+            dtype=mode.dtype,
+            device=mode.device,
+        )
+        found, found_value, found_converged = _newton(task, points[chosen], start)
+        apart = (found - mode[chosen]).abs().amax(-1) > 1e-3 * (1.0 + mode[chosen].abs().amax(-1))
+        other = found_converged & converged[chosen] & apart
+        num_modes[chosen] += other.long()
+        better = found_converged & (~converged[chosen] | (found_value > value[chosen] + 1e-6))
+        index = chosen[better]
+        mode[index], value[index], converged[index] = found[better], found_value[better], True
+    if bool((num_modes > 1).any()):
+        num_modes = num_modes.clamp(min=2)  # one point with two modes: doubt all
+    return mode, value, converged, num_modes
+
+
+def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton ascent at all points at once; (mode, value, converged)."""
+    density = task.density
+    position = start.clone()
+    value, grad = (x.squeeze(1) for x in density.value_and_grad(points, position.unsqueeze(1)))
+    converged = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    damping = torch.zeros_like(value)
+    stuck = torch.zeros_like(value)
+    steps = _NEWTON_STEPS.to(position)
+    active = torch.arange(len(points), device=points.device)
+    for _ in range(MAX_ITERATIONS):
+        precision = -density.hessian(points[active], position[active])
+        step = _damped_solve(precision, grad[active], damping[active])
+        decrement = (step * grad[active]).sum(-1)
+        trial = position[active].unsqueeze(1) + steps.view(1, -1, 1) * step.unsqueeze(1)
+        values = torch.nan_to_num(density.value(points[active], trial), nan=-torch.inf)
+        best_value, best = values.max(1)
+        improved = best_value >= value[active] - 1e-10 * (1.0 + value[active].abs())
+        chosen = active[improved]
+        position[chosen] = trial[improved, best[improved]]
+        # Shorter than full steps mean the quadratic is poor: damp; full steps: trust it again.
+        damping[active] = torch.where(
+            improved & (best <= 1), damping[active] * 0.1, (damping[active] * 4.0).clamp(min=1e-3)
+        )
+        stuck[active] = torch.where(improved, 0.0, stuck[active] + 1.0)
+        scale = 1.0 + value[active].abs()
+        done = improved & (decrement.abs() <= 1e-12 * scale) & torch.isfinite(decrement)
+        converged[active[done]] = True
+        active = active[~done & (stuck[active] < 8)]
+        if len(active) == 0:
+            break
+        new_value, new_grad = (
+            x.squeeze(1) for x in density.value_and_grad(points[active], position[active].unsqueeze(1))
+        )
+        value[active], grad[active] = new_value, new_grad
+    value = density.value(points, position.unsqueeze(1)).squeeze(1)
+    return position, value, converged
+
+
+def _damped_solve(precision: Tensor, grad: Tensor, damping: Tensor) -> Tensor:
+    """(precision + damping diag)^-1 grad, raising the damping of a lane until its matrix is positive."""
+    precision = torch.nan_to_num(precision, nan=0.0, posinf=1e150, neginf=-1e150)
+    diagonal = precision.diagonal(dim1=-2, dim2=-1).abs().clamp(min=1e-8)
+    extra = damping.clone()
+    for _ in range(30):
+        factor, info = torch.linalg.cholesky_ex(precision + torch.diag_embed(extra.unsqueeze(-1) * diagonal))
+        if not bool((info != 0).any()):
+            break
+        extra = torch.where(info != 0, (extra * 10.0).clamp(min=1e-4), extra)
+    return torch.cholesky_solve(torch.nan_to_num(grad).unsqueeze(-1), factor).squeeze(-1)
+
+
+def _covariance_factor(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower factor of the inverse of each precision; where it is not positive, of its absolute value."""
+    symmetric = 0.5 * (precision + precision.mT)
+    finite = torch.isfinite(symmetric).flatten(1).all(1)
+    symmetric = torch.where(finite.view(-1, 1, 1), symmetric, torch.eye(symmetric.shape[-1]).to(symmetric))
+    upper, info = torch.linalg.cholesky_ex(symmetric.flip(-1, -2))
+    positive = (info == 0) & finite
+    if not bool(positive.all()):
+        eigenvalues, vectors = torch.linalg.eigh(symmetric)
+        floor = 1e-6 * eigenvalues.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        repaired = (vectors * eigenvalues.abs().clamp(min=floor).unsqueeze(-2)) @ vectors.mT
+        upper = torch.where(
+            positive.view(-1, 1, 1), upper, torch.linalg.cholesky_ex(repaired.flip(-1, -2))[0]
+        )
+    # The flip turns the lower factor of the reversed matrix into an upper one, whose inverse
+    # transposed is the lower factor of the covariance: no second factorisation.
+    reverse = upper.flip(-1, -2)
+    eye = torch.eye(reverse.shape[-1], dtype=reverse.dtype, device=reverse.device).expand_as(reverse)
+    factor = torch.linalg.solve_triangular(reverse, eye, upper=True).mT
+    return factor, factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), positive
