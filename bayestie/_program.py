@@ -690,8 +690,14 @@ class LaneProgram:
             else:
                 graph.graph.eliminate_dead_code()
                 graph.recompile()
-                self._graphs[key] = graph
-                return graph
+
+                def traced(*tensors: Tensor) -> Any:
+                    # A constant that the model made without a dtype is made anew by the graph.
+                    with model_defaults(self.dtype, torch.device("cpu")):
+                        return graph(*tensors)
+
+                self._graphs[key] = traced
+                return traced
 
         def run(*tensors: Tensor) -> Any:
             with self.quiet():
