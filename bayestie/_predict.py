@@ -52,9 +52,14 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
         Matamoros, Vehtari (2025), Bayesian Analysis, for reading differences; Yao, Vehtari, Simpson,
         Gelman (2018), Bayesian Analysis 13, for stacking.
     """
-    names = swept_names(path)
     if "log_likelihood" not in path.children or not path["log_likelihood"].data_vars:
         return _streamed(path)
+    return summarise(pointwise(path, reff))
+
+
+def pointwise(path: xr.DataTree, reff: float | None = None) -> xr.Dataset:
+    """PSIS-LOO of every observation at every strength: elpd_i, mcse_i, p_loo_i, pareto_k (*swept, observation)."""
+    names = swept_names(path)
     rows = _pointwise_draws(path, names)
     lead = [len(path["sweep"].coords[name]) for name in names]
     num_draws = rows[0].shape[-2] * rows[0].shape[-1]
@@ -70,26 +75,35 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
             for key, column in zip(fields, found, strict=True):
                 fields[key][index][start:stop] = column
             start = stop
-    point = {key: xr.DataArray(x, dims=(*names, "observation")) for key, x in fields.items()}
+    data = {key: ((*names, "observation"), x) for key, x in fields.items()}
+    coords = {name: path["sweep"].coords[name].values for name in names}
+    return xr.Dataset(data, coords=coords, attrs={"source": "log_likelihood", "good_k": good_k(num_draws)})
+
+
+def summarise(point: xr.Dataset) -> xr.Dataset:
+    """What `compare` returns, of what `pointwise` does; observations marked ``refitted`` have no bad k."""
+    names = [str(name) for name in point["elpd_i"].dims[:-1]]
     elpd = point["elpd_i"].sum("observation")
     best = point["elpd_i"][elpd.argmax(...)] if names else point["elpd_i"]
     gap = point["elpd_i"] - best
-    limit = good_k(num_draws)
+    bad = point["pareto_k"] > point.attrs["good_k"]
+    if "refitted" in point:
+        bad = bad & ~point["refitted"]
+    weights = _stack(point["elpd_i"].values.reshape(-1, point.sizes["observation"]))
     data = {
         "elpd": elpd,
         "elpd_se": _standard_error(point["elpd_i"]),
         "elpd_mcse": np.sqrt((point["mcse_i"] ** 2).sum("observation")),
         "p_loo": point["p_loo_i"].sum("observation"),
         "max_pareto_k": point["pareto_k"].max("observation"),
-        "num_bad_k": (point["pareto_k"] > limit).sum("observation"),
+        "num_bad_k": bad.sum("observation"),
         "elpd_difference": gap.sum("observation"),
         "elpd_difference_se": _standard_error(gap),
-        "weight": xr.DataArray(_stack(fields["elpd_i"].reshape(-1, num_obs)).reshape(lead), dims=names),
+        "weight": (names, weights.reshape(elpd.shape)),
         "elpd_i": point["elpd_i"],
         "pareto_k": point["pareto_k"],
     }
-    coords = {name: path["sweep"].coords[name].values for name in names}
-    return xr.Dataset(data, coords=coords, attrs={"source": "log_likelihood", "good_k": limit})
+    return xr.Dataset(data, coords=point.coords, attrs=point.attrs)
 
 
 def _standard_error(pointwise: xr.DataArray) -> xr.DataArray:
