@@ -71,7 +71,7 @@ def test_graph_and_loop_agree_with_the_eager_program(name, monkeypatch):
     value, grad = program.evaluate(u, NO_INPUTS, gradient=True)
     monkeypatch.setattr(_program, "TRACE_AFTER", 0)
     traced, traced_grad = program.evaluate(u + 0.5, NO_INPUTS, gradient=True)  # traced at another position
-    assert program._graphs
+    assert bool(program._graphs) == (name != "sequential_plate")  # Pyro reads its indices off a tensor
     assert not torch.equal(traced, value)
     traced, traced_grad = program.evaluate(u, NO_INPUTS, gradient=True)
     assert_close(traced, value, 1e-13)

@@ -1,0 +1,117 @@
+"""The batched density of a sweep: the affine route against the lane program, curvature against differences."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from zoo import COUNTS, GROUP, ZOO, X, Y, numbers, tied_copies, tied_level
+
+from bayestie._density import AffineDensity, Density, ProgramDensity, build_density
+from bayestie._program import LaneProgram
+
+POINT = torch.tensor([0])
+
+
+def close(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= tolerance * (1.0 + float(expected.abs().max()))
+
+
+def positions(density: Density, points: int = 1, batch: int = 3) -> torch.Tensor:
+    return 0.7 * numbers(points, batch, density.num_latent, seed=9)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_routes_agree(name):
+    case = ZOO[name]
+    program = LaneProgram(case.model, case.args, case.kwargs)
+    density, general = build_density(program), ProgramDensity(program)
+    assert isinstance(density, AffineDensity) == case.affine
+    if not case.affine:
+        return
+    at = positions(density)
+    value, grad = density.value_and_grad(POINT, at)
+    expected, expected_grad = general.value_and_grad(POINT, at)
+    close(value, expected, 1e-12)
+    close(density.value(POINT, at), expected, 1e-12)
+    close(grad, expected_grad, 1e-11)
+    close(density.hessian(POINT, at[:, 0]), general.hessian(POINT, at[:, 0]), 1e-8)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_curvature_is_the_derivative_of_the_gradient(name):
+    case = ZOO[name]
+    density = build_density(LaneProgram(case.model, case.args, case.kwargs))
+    at = positions(density, batch=1)[:, 0]
+    step = 1e-5
+    eye = torch.eye(density.num_latent, dtype=at.dtype)
+    shifted = torch.cat([at + step * eye, at - step * eye]).unsqueeze(0)
+    _, grads = density.value_and_grad(POINT, shifted)
+    up, down = grads[0].chunk(2)
+    close(density.hessian(POINT, at)[0], (up - down) / (2 * step), 1e-7)
+
+
+STRENGTHS = [0.0, 0.3, 3.0]
+
+
+@pytest.mark.parametrize(("model", "y"), [(tied_level, Y), (tied_copies, COUNTS)])
+def test_every_point_has_its_own_strength(model, y):
+    swept = {"sigma": torch.tensor(STRENGTHS, dtype=torch.float64)}
+    density = build_density(LaneProgram(model, (y, GROUP), {}, swept))
+    points = torch.tensor([2, 0])
+    at = positions(density, 2)
+    value, grad = density.value_and_grad(points, at)
+    for row, point in enumerate(points.tolist()):
+        alone = ProgramDensity(LaneProgram(model, (y, GROUP), {"sigma": STRENGTHS[point]}))
+        expected, expected_grad = alone.value_and_grad(POINT, at[row : row + 1])
+        close(value[row : row + 1], expected, 1e-12)
+        close(grad[row : row + 1], expected_grad, 1e-11)
+        close(
+            density.hessian(points, at[:, 0])[row : row + 1], alone.hessian(POINT, at[row : row + 1, 0]), 1e-8
+        )
+
+
+def test_wide_batches_are_cut_and_put_together(monkeypatch):
+    case = ZOO["logistic"]
+    program = LaneProgram(case.model, case.args)
+    affine, general = build_density(program), ProgramDensity(program)
+    at = positions(affine, batch=11)
+    whole = affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at)
+    monkeypatch.setattr(affine, "max_batch", 4)
+    monkeypatch.setattr(general, "max_lanes", 4)
+    cut = affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at)
+    for (value, grad), (expected, expected_grad) in zip(cut, whole, strict=True):
+        close(value, expected, 1e-14)
+        close(grad, expected_grad, 1e-14)
+
+
+def test_sparse_designs_give_the_dense_numbers():
+    rows, groups = 2000, 60
+    label = torch.arange(rows) % groups
+    y = numbers(rows, seed=12)
+
+    def model(y, label):
+        with pyro.plate("group", groups):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(effect[label], 1.0), obs=y)
+
+    program = LaneProgram(model, (y, label))
+    affine, general = build_density(program), ProgramDensity(program)
+    assert isinstance(affine, AffineDensity)
+    assert affine._map(POINT).dense is None
+    at = positions(affine)
+    for found, expected in zip(
+        affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at), strict=True
+    ):
+        close(found, expected, 1e-12)
+
+
+def test_what_is_nearly_affine_is_refused():
+    """A curvature of 1e-6 in the predictor is no rounding."""
+    def model(x, y):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(x @ beta + 1e-6 * beta[0] ** 2, 1.0), obs=y)
+
+    assert isinstance(build_density(LaneProgram(model, (X, Y))), ProgramDensity)

@@ -1,0 +1,57 @@
+"""Batched R-hat and effective sample sizes against arviz-stats, one quantity at a time."""
+
+import arviz_stats.base as stats
+import numpy as np
+import pytest
+import torch
+
+from bayestie._diagnostics import effective_sample_size, split_rhat
+
+
+def chains(kind: str, num_chains: int, num_draws: int) -> np.ndarray:
+    """(chains, draws, quantities)."""
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((num_chains, num_draws, 3))
+    if kind == "independent":
+        return noise
+    if kind in ("sticky", "alternating"):
+        phi, out = (0.9 if kind == "sticky" else -0.6), noise.copy()
+        for t in range(1, num_draws):
+            out[:, t] = phi * out[:, t - 1] + np.sqrt(1 - phi**2) * noise[:, t]
+        return out
+    if kind == "ties":
+        return np.round(noise)
+    if kind == "apart":
+        return noise + np.arange(num_chains)[:, None, None]
+    if kind == "scales":
+        return noise * (1 + np.arange(num_chains))[:, None, None]
+    if kind == "two values":
+        return (noise > 0.3).astype(float)
+    if kind == "heavy":
+        return rng.standard_cauchy((num_chains, num_draws, 3))
+    raise AssertionError(kind)
+
+
+KINDS = ["independent", "sticky", "alternating", "ties", "apart", "scales", "two values", "heavy"]
+SHAPES = [(4, 100), (4, 101), (2, 33), (3, 250), (1, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_arviz(kind, shape):
+    draws = chains(kind, *shape)
+    tensor = torch.as_tensor(draws)
+    rhat = split_rhat(tensor)
+    bulk, tail = effective_sample_size(tensor)
+    for i in range(draws.shape[-1]):
+        one = draws[..., i]
+        if shape[0] > 1:
+            assert float(rhat[i]) == pytest.approx(float(stats.array_stats.rhat(one)), rel=1e-9)
+        assert float(bulk[i]) == pytest.approx(float(stats.array_stats.ess(one, method="bulk")), rel=1e-9)
+        expected = float(stats.array_stats.ess(one, method="tail", prob=(0.05, 0.95)))
+        assert float(tail[i]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_constant_counts_every_draw():
+    bulk, tail = effective_sample_size(torch.ones(4, 50, 1, dtype=torch.float64))
+    assert bulk.tolist() == tail.tolist() == [200.0]
