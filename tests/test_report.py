@@ -286,7 +286,7 @@ def test_many_copies_stay_small_and_fit(num_copies, tmp_path):
     tree = normal_means_tree(
         generator.normal(3, 4, size=num_copies),
         np.full(num_copies, 3.0),
-        strengths=(0.0, 1.0, 4.0),
+        strengths=(0.0, 0.5, 1.0, 2.0, 4.0),
         labels=[f"district {k}" for k in range(num_copies)],
         num_draws=25,
     )
@@ -317,7 +317,7 @@ def test_a_grid_over_two_keywords_holds_the_other_where_evidence_is_highest():
         groups=groups,
         event_dims={"theta": ["school"], "theta_z": ["school"], "y": ["school"]},
         coords={"school": SCHOOLS},
-        attrs=dict(tree.attrs) | {"swept": list(values)},
+        attrs={**{str(k): v for k, v in tree.attrs.items()}, "swept": list(values)},
     )
     reader = Reader(render(grid))
     assert "highest: tau = 2" in reader.words

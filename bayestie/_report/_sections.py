@@ -86,14 +86,15 @@ def _describe_paths(group: Copies, view: SweepView) -> str:
 def _evidence(view: SweepView) -> Section:
     sentences = []
     for score in view.scores:
-        best = int(np.argmax(np.where(np.isfinite(score.values), score.values, -np.inf)))
+        best = score.best
         ends = ", ".join(
             f"{score.values[i] - score.values[best]:+.2f} at {view.name_of(i)}"
             for i in (0, len(score.values) - 1)
         )
         sentences.append(f"{score.title} is highest at {view.name_of(best)}; against that, {ends}.")
     caption = [
-        "The ring marks the best strength; heights are differences from it. Log evidence says how well each "
+        "The ring marks the best strength (of equals, the strongest sharing); heights are differences from "
+        "it. Log evidence says how well each "
         "strength predicted the data as a whole, before seeing them: one below the best is odds of 1 to 2.7, "
         "three below, 1 to 20. The band is the Monte Carlo error (95%); exact numbers have none.",
     ]

@@ -132,9 +132,11 @@ def _drawn(
 
 
 def _score_text(score: Score, point: int) -> str:
-    best = float(np.max(np.where(np.isfinite(score.values), score.values, -np.inf)))
     value, spread = score.values[point], score.spread[point]
-    below = "the best" if value == best else f"{best - value:.2f} below the best"
+    less = score.values[score.best] - value
+    below = "the best" if point == score.best else f"{less:.2f} below the best"
+    if point != score.best and less < 0.005:
+        below = "as good as the best"
     error = f" ± {spread:.2g}" if spread > 0 else ""
     return _signed(f"{value:.2f}{error}, {below}" + ("" if score.trusted[point] else " (not to be trusted)"))
 

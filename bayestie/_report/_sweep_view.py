@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
-from bayestie.plots._axis import StrengthAxis, along_strength, best_point
+from bayestie.plots._axis import StrengthAxis, along_strength
 from bayestie.plots._curves import Pooled, Score, pooled_of, scores_of
 from bayestie.plots._style import number
 from bayestie.plots._values import copies_of
@@ -29,7 +29,6 @@ class SweepView:
     """A sweep reduced to the keyword on the axis, with what its sections share."""
 
     def __init__(self, tree: xr.DataTree):
-        best = best_point(tree)
         self.tree, self.axis, self.remark = along_strength(tree, None)
         order = self.axis.order
         self.axis = StrengthAxis(
@@ -40,8 +39,9 @@ class SweepView:
             self.axis.is_log,
         )
         self.groups = copies_of(self.tree, None, order=order)
-        self.scores = [_reorder(score, order) for score in scores_of(self.tree)]
-        self.best = int(np.flatnonzero(self.axis.values == best[self.axis.name])[0])
+        scores = [_reorder(score, order) for score in scores_of(self.tree)]
+        self.scores = [replace(score, best=order.index(score.best)) for score in scores]
+        self.best = self.scores[0].best
         steps = np.linspace(0, len(order) - 1, min(MOST_STEPS, len(order))).round().astype(int)
         self.steps = sorted({*steps.tolist(), self.best})
         self.pooled = [_reorder(pooled, order) for pooled in pooled_of(self.tree)]

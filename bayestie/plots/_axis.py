@@ -156,16 +156,26 @@ def along_strength(tree: xr.DataTree, along: str | None) -> tuple[xr.DataTree, S
 
 
 def best_point(tree: xr.DataTree) -> dict[str, float]:
-    """The swept point with the highest evidence, as keyword values; empty for a fit."""
+    """The swept point with the highest evidence, as keyword values; empty for a fit.
+
+    Among points that no error of theirs tells from the highest it is the first, where sharing is strongest.
+    """
     names = swept_names(tree)
     if not names:
         return {}
     sweep = tree["sweep"].to_dataset()
-    evidence = sweep["log_evidence"]
-    flat = np.where(np.isfinite(evidence.values), evidence.values, -np.inf)
-    where = np.unravel_index(int(np.argmax(flat)), flat.shape)
-    return {
-        str(dim): float(sweep[dim].values[i])
-        for dim, i in zip(evidence.dims, where, strict=True)
-        if dim in names
-    }
+    sweep = sweep.sortby(names)
+    where = np.unravel_index(
+        best_index(sweep["log_evidence"].values.ravel(), 1.96 * sweep["log_evidence_error"].values.ravel()),
+        sweep["log_evidence"].shape,
+    )
+    dims = [str(dim) for dim in sweep["log_evidence"].dims]
+    return {dim: float(sweep[dim].values[i]) for dim, i in zip(dims, where, strict=True)}
+
+
+def best_index(values: np.ndarray, spread: np.ndarray) -> int:
+    """Where the highest value stands, or the first that its and their own spread cannot tell from it."""
+    finite = np.where(np.isfinite(values), values, -np.inf)
+    best = int(np.argmax(finite))
+    known = np.where(np.isfinite(spread), spread, 0.0)
+    return int(np.argmax(finite[best] - finite <= np.hypot(known, known[best])))

@@ -16,7 +16,7 @@ from bayestie._evidence import evidence
 from bayestie._pooling import pooling
 from bayestie._psis import good_k
 from bayestie._results import tie_records
-from bayestie.plots._axis import StrengthAxis, along_strength
+from bayestie.plots._axis import StrengthAxis, along_strength, best_index
 from bayestie.plots._style import (
     ACCENT,
     BAD,
@@ -38,12 +38,13 @@ DEEPEST = 25.0
 
 @dataclass(frozen=True)
 class Score:
-    """One judgement of every strength, in the order of the sweep."""
+    """One judgement of every strength; `best` is the highest, as far as Monte Carlo errors can tell."""
 
     title: str
     values: Float[np.ndarray, " points"]
     spread: Float[np.ndarray, " points"]
     trusted: Bool[np.ndarray, " points"]
+    best: int
 
 
 def scores_of(path: xr.DataTree) -> list[Score]:
@@ -52,12 +53,16 @@ def scores_of(path: xr.DataTree) -> list[Score]:
     certified = sweep["certified"].values.astype(bool)
     error = estimates["combined_error"].values
     trusted = certified & ~estimates["disagreement"].values.astype(bool) & np.isfinite(error)
-    found = [Score("Log evidence", estimates["combined"].values, 1.96 * np.nan_to_num(error), trusted)]
+    # In rising order, so that of strengths that are as good as each other the strongest sharing counts.
+    values, spread = estimates["combined"].values, 1.96 * np.nan_to_num(error)
+    order = np.argsort(sweep[estimates["combined"].dims[0]].values, kind="stable")
+    where = int(order[best_index(values[order], spread[order])])
+    found = [Score("Log evidence", values, spread, trusted, where)]
     if "elpd" in sweep and np.isfinite(sweep["elpd"].values).any():
         trusted = certified & _good_pareto_k(path)
-        found.append(
-            Score("Predictive score (LOO elpd)", sweep["elpd"].values, sweep["elpd_se"].values, trusted)
-        )
+        values = sweep["elpd"].values
+        where = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+        found.append(Score("Predictive score (LOO elpd)", values, sweep["elpd_se"].values, trusted, where))
     return found
 
 
@@ -107,18 +112,20 @@ class Pooled:
 def pooled_of(path: xr.DataTree) -> list[Pooled]:
     """`pooling` of each tied site with 95% Monte Carlo intervals, else the model's p_loo, if stored."""
     sweep = path["sweep"].to_dataset()
-    certified = sweep["certified"].values.astype(bool)
+    certified = np.atleast_1d(sweep["certified"].values).astype(bool)
     found = []
     for name, record in tie_records(path).items():
         if name not in path["posterior"] or f"{name}_z" not in path["posterior"]:
             continue
         pooled = pooling(path)[name].to_dataset()
-        values, spread = pooled["p_eff"].values, 1.96 * pooled["p_eff_error"].values
+        # A fit counts as one point.
+        values = np.atleast_1d(pooled["p_eff"].values)
+        spread = 1.96 * np.atleast_1d(pooled["p_eff_error"].values)
         title = f"Effective number of parameters of {name} ({record['num_copies']} copies)"
         found.append(Pooled(title, values, spread, float(pooled["p_eff_max"]), certified))
     if not found and "p_loo" in sweep and np.isfinite(sweep["p_loo"].values).any():
         trusted = certified & _good_pareto_k(path)
-        values = sweep["p_loo"].values
+        values = np.atleast_1d(sweep["p_loo"].values)
         title = "Effective number of parameters of the model (p_loo)"
         found.append(Pooled(title, values, np.zeros_like(values), None, trusted))
     return found
@@ -174,29 +181,27 @@ def plot_pooling(path: xr.DataTree, *, along: str | None = None, width: float = 
 
 def _good_pareto_k(path: xr.DataTree) -> Bool[np.ndarray, " points"]:
     num_draws = path["posterior"].sizes["chain"] * path["posterior"].sizes["draw"]
-    return path["sweep"].to_dataset()["max_pareto_k"].values <= good_k(max(num_draws, 10))
+    worst = np.atleast_1d(path["sweep"].to_dataset()["max_pareto_k"].values)
+    return worst <= good_k(max(num_draws, 10))
 
 
 def _draw_score(axes: Axes, axis: StrengthAxis, score: Score) -> None:
     values, spread = score.values, score.spread
-    finite = np.isfinite(values)
-    best = int(np.argmax(np.where(finite, values, -np.inf)))
-    below = np.where(finite, values - values[best], -np.inf)
-    floor = max(-DEEPEST, float(np.min(below[finite])))
-    drawn = np.maximum(below, floor)
-    axis.band(axes, drawn - spread, drawn + spread, BAND_90, 5.0)
-    axis.curve(axes, drawn, ACCENT)
-    inside = np.isfinite(below) & (below >= floor)
-    axes.plot(axis.positions[inside], drawn[inside], "o", color=ACCENT, ms=2.6, mew=0, zorder=4)
-    outside = ~inside
-    axes.plot(axis.positions[outside], drawn[outside], "v", color=MUTED, ms=4, mew=0, zorder=4)
-    axes.plot(axis.positions[best], drawn[best], "o", ms=6.5, mfc=PAPER, mec=DATA, mew=1.6, zorder=5)
+    best = score.best
+    below = np.where(np.isfinite(values), values - values[best], -1e3 * DEEPEST)
+    axis.band(axes, below - spread, below + spread, BAND_90, 5.0)
+    axis.curve(axes, below, ACCENT)
+    inside = below >= -DEEPEST
+    axes.plot(axis.positions[inside], below[inside], "o", color=ACCENT, ms=2.6, mew=0, zorder=4)
+    axes.plot(axis.positions[best], below[best], "o", ms=6.5, mfc=PAPER, mec=DATA, mew=1.6, zorder=5)
+    drawn = np.maximum(below, -DEEPEST)
+    axes.plot(axis.positions[~inside], drawn[~inside], "v", color=MUTED, ms=4, mew=0, zorder=4)
     _mark(axes, axis, drawn, score.trusted)
     quiet_grid(axes)
-    low, high = float(np.min(drawn - spread)), float(np.max(drawn + spread))
-    low = max(low, 1.6 * floor) if floor < 0 else low
+    low = max(float(np.min(below - spread)), -1.04 * DEEPEST)
+    high = float(np.max((below + spread)[inside]))
     room = 0.08 * (high - low) or 1.0
-    axes.set_ylim(low - room, high + room)
+    axes.set_ylim(low - (room if low > -DEEPEST else 0.0), high + room)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 

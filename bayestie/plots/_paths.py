@@ -95,7 +95,9 @@ def _rows_of(group: Copies, narrow: bool) -> tuple[list[float], int]:
     """Heights of the rows of panels in inches, the overview first where there is one, and the columns."""
     many = len(group.labels) > MOST_PANELS
     num_panels = 6 if many else len(group.labels)
-    columns = min(num_panels, 2 if narrow else (3 if many else 4))
+    # Four in a row where that leaves no more gaps in the last row than three.
+    broad = 4 if -num_panels % 4 <= -num_panels % 3 else 3
+    columns = min(num_panels, 2 if narrow else (3 if many else broad))
     rows = [_PANEL] * -(-num_panels // columns)
     return ([_OVERVIEW, *rows] if many else rows), columns
 

@@ -136,34 +136,24 @@ def _check(
     draws = replicated.transpose(*SAMPLE_DIMS, *dims).values.astype(float)
     draws = draws.reshape(draws.shape[0] * draws.shape[1], -1)
     seen = observed.values.astype(float).ravel()
+    labels, xlabel, ordered = _labels(observed), site, _is_ordered(observed)
     if seen.size > _MOST_ROWS and (grouping := _groups(tree, observed)) is not None:
         codes, labels, what = grouping
-        return Check(
-            title,
-            labels,
-            np.arange(len(labels)),
+        seen, draws, xlabel, ordered = (
             _means(seen, codes),
             _means(draws, codes),
             f"mean of {site} by {what}",
+            False,
         )
-    if seen.size > _MOST_POINTS:
+    elif seen.size > _MOST_POINTS:
         codes = _bins(draws.mean(0))
         labels = tuple(f"{value:.3g}" for value in _means(draws.mean(0), codes))
-        return Check(
-            title,
-            labels,
-            np.arange(len(labels)),
-            _means(seen, codes),
-            _means(draws, codes),
-            f"mean of {site} by predicted value",
-        )
-    labels = _labels(observed)
-    order = (
-        np.arange(seen.size) if _is_ordered(observed) else np.argsort(np.median(draws, axis=0), kind="stable")
-    )
-    if seen.size <= _MOST_ROWS:
+        seen, draws, xlabel = _means(seen, codes), _means(draws, codes), f"mean of {site} by predicted value"
+    if ordered or seen.size <= _MOST_ROWS:
         order = np.arange(seen.size)
-    return Check(title, labels, order, seen, draws, site)
+    else:
+        order = np.argsort(np.median(draws, axis=0), kind="stable")
+    return Check(title, labels, order, seen, draws, xlabel)
 
 
 def _groups(tree: xr.DataTree, observed: xr.DataArray) -> tuple[np.ndarray, tuple[str, ...], str] | None:
