@@ -20,7 +20,7 @@ _OCTAVES = 30
 _POINTS = 8
 # Posterior mass that may lie where nothing was swept.
 MASS_OUTSIDE = 0.01
-_REPLICATES = 60
+_REPLICATES = 30
 
 
 @dataclass(frozen=True)

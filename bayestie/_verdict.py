@@ -12,14 +12,14 @@ import xarray as xr
 from torch.distributions import Distribution
 
 from bayestie import _verdict_words as words
-from bayestie._curve import Curve
+from bayestie._curve import MASS_OUTSIDE, Curve
 from bayestie._errors import CoverageError, NameLookupError
 from bayestie._evidence import evidence
 from bayestie._marginal import curve_along
-from bayestie._path import require, sites_along, sweep_value, swept_values, tied_sites
+from bayestie._path import holds, sites_along, sweep_value, swept_values, tied_sites
 from bayestie._pooling import tension
 from bayestie._predict import compare, difference
-from bayestie._results import swept_names
+from bayestie._results import select, swept_names
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._strength_prior import describe
 
@@ -191,6 +191,9 @@ def _by_evidence(
         beaten.add("soft")
     if _beats(np.array([free - hard]), math.hypot(hard_error, free_error)):
         beaten.add("hard")
+    if not curve.free and _reaches_beyond(posterior):
+        # Soft sharing then means weaker sharing than was swept: it cannot be told from none.
+        beaten.discard("none")
     left = [option for option in ("hard", "soft", "none") if option not in beaten]
     out["recommendation"] = {
         ("hard",): "hard",
@@ -205,6 +208,11 @@ def _by_evidence(
             "sweep further."
         )
     return out
+
+
+def _reaches_beyond(posterior: xr.Dataset) -> bool:
+    """Whether the posterior of sigma reaches beyond the largest strength swept."""
+    return float(posterior["mass_above"]) > MASS_OUTSIDE
 
 
 def _beats(gaps: np.ndarray, error: float) -> bool:
@@ -298,18 +306,15 @@ def _tension(
     """Ties that the data pull against at the strength nearest the posterior median."""
     values = swept_values(path, name)
     inner = np.flatnonzero((values > 0) & np.isfinite(values))
-    index = {**best, name: int(inner[np.argmin(np.abs(np.log(values[inner] / at)))])}
-    try:
-        for site in sites:
-            require(path, "posterior", site)
-            require(path, "posterior", f"{site}_level")
-    except NameLookupError:
+    point = {other: float(swept_values(path, other)[i]) for other, i in best.items()}
+    point[name] = float(values[inner[np.argmin(np.abs(np.log(values[inner] / at)))]])
+    if not all(holds(path, "posterior", x) for site in sites for x in (site, f"{site}_level")):
         return []
     found = []
-    for site, node in tension(path).children.items():
+    for site, node in tension(select(path, **point)).children.items():
         if site not in sites:
             continue
-        here = node.to_dataset().isel(index)
+        here = node.to_dataset()
         p_value = here["p_value"]
         for place in np.argwhere(p_value.values * p_value.size < TENSION_LEVEL):
             where = {str(dim): int(i) for dim, i in zip(p_value.dims, place, strict=True)}
@@ -322,7 +327,7 @@ def _tension(
                     "difference": float(one["difference"]),
                     "statistic": float(one["statistic"]),
                     "p_value": float(one["p_value"]),
-                    "at": float(values[index[name]]),
+                    "at": point[name],
                 }
             )
     return sorted(found, key=lambda row: row["p_value"])

@@ -132,6 +132,8 @@ def _factor(answer: Record) -> str:
     trend = wide - narrow
     if abs(trend) > 0.1:
         moves += f", {'rising' if trend > 0 else 'falling'} as the prior widens"
+    else:
+        moves += ", hardly moving as the prior widens"
     if found["never_soft"]:
         last = f"No prior on {name} turns it round: the evidence is highest at {name} = 0."
     elif low < 0 < high:

@@ -1,5 +1,7 @@
 """Effective number of parameters and pooling factors against dense Gaussian algebra."""
 
+import math
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -127,7 +129,9 @@ def test_event_elements_are_kept_apart():
 def test_one_strength(one):
     found = pooling(one)["theta"]
     exact = pooling(eight_schools_tree())["theta"].isel(sigma=-1)
-    assert float(found.p_eff) == pytest.approx(float(exact.p_eff))
+    # The fit has draws of its own.
+    joint = math.hypot(float(found.p_eff_error), float(exact.p_eff_error))
+    assert abs(float(found.p_eff - exact.p_eff)) < 4 * joint
     assert "moved_from_hard" not in found
     if one.attrs.get("selected"):
         np.testing.assert_allclose(found.pooling, exact.pooling)

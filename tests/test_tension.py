@@ -46,7 +46,7 @@ def test_statistic_is_the_closed_form():
     found = tension(path)["theta"].sel(sigma=path["sweep"].sigma[14])
     sigma = float(found.sigma)
     total = sigma**2 + STDERR**2
-    # E[delta | y] = sigma^2 / total (y - E[level | y]), of prior predictive variance sigma^2 - Var(delta | y).
+    # E[delta | y] = sigma^2 / total (y - E[level | y]); predictive variance sigma^2 - Var(delta | y).
     precision = 1 / 25 + np.sum(1 / total)
     level, gain = np.sum(EFFECT / total) / precision, sigma**2 / total
     mean = gain * (EFFECT - level)
