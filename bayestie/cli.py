@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import time
@@ -234,7 +235,7 @@ class _Job:
         swept = {"over": self.over} if self.over else {}
         began = time.time()
         try:
-            with _progress(self.quiet) as progress:
+            with _progress(self.quiet, math.prod(map(len, self.over.values()))) as progress:
                 run = bt.sweep if self.over else bt.fit
                 tree = run(
                     function,
@@ -323,14 +324,14 @@ def _warn(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+def _progress(quiet: bool, num_strengths: int) -> Iterator[Callable[[dict[str, Any]], None] | None]:
     console = _console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
         return
     from bayestie._cli.progress import ProgressBars
 
-    with ProgressBars(console) as bars:
+    with ProgressBars(console, num_strengths) as bars:
         yield bars
 
 

@@ -382,22 +382,29 @@ def test_ctrl_c_leaves_the_finished_strengths(tmp_path):
 def test_progress_shows_strengths_draws_ess_and_time_left():
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    with ProgressBars(console) as bars:
-        bars(
-            {
-                "stage": "nuts",
-                "strengths_done": 9,
-                "strengths_total": 16,
-                "certified": 8,
-                "draws_done": 12000,
-                "draws_total": 16000,
-                "min_ess": 412.4,
-                "message": "",
-            }
-        )
+    with ProgressBars(console, 16) as bars:
+        bars({"stage": "laplace", "strengths_done": 8, "certified": 8})
+        bars({"stage": "nuts", "strengths_done": 9, "draws_done": 12000, "draws_total": 16000})
+        bars({"min_ess": 412.4})
         bars._bars.refresh()
     for words in ("nuts", "9/16 strengths, 8 certified", "12,000/16,000 draws", "least ESS 412", "left"):
         assert words in screen.getvalue()
+
+
+def test_progress_of_a_new_stage_forgets_the_draws_of_the_last():
+    screen = io.StringIO()
+    with ProgressBars(Console(file=screen, force_terminal=True, width=120), 2) as bars:
+        bars({"stage": "nuts", "draws_done": 5, "draws_total": 10, "min_ess": 3.0})
+        bars({"stage": "collecting"})
+        screen.truncate(0)
+        bars._bars.refresh()
+    assert "collecting" in screen.getvalue()
+    assert "5/10 draws" not in screen.getvalue()
+
+
+def test_no_progress_where_nobody_watches():
+    result = run("fit", SCHOOLS, "--set", "sigma=5", *SHORT)
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_main_is_the_app(monkeypatch, capsys):

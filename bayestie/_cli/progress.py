@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class ProgressBars:
-    """Bars for strengths and draws; a `progress` callable for `fit` and `sweep`, used as a context."""
+    """A bar for strengths and one for draws: the `progress` callable of `fit` and `sweep`, as a context."""
 
-    def __init__(self, console: Console, unit: str = "strengths"):
+    def __init__(self, console: Console, num_strengths: int):
         self._bars = Progress(
             TextColumn("{task.description}", style="bold"),
             BarColumn(bar_width=24),
@@ -23,7 +23,8 @@ class ProgressBars:
             console=console,
             transient=True,
         )
-        self._certified = self._bars.add_task(unit, total=None, count="")
+        self._known: dict[str, Any] = {"strengths_total": num_strengths, "strengths_done": 0, "certified": 0}
+        self._strengths = self._bars.add_task("reading the model", total=num_strengths, count="")
         self._draws = self._bars.add_task("draws", total=None, count="", visible=False)
 
     def __enter__(self) -> ProgressBars:
@@ -34,26 +35,27 @@ class ProgressBars:
         self._bars.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        total, done = event.get("strengths_total") or 0, event.get("strengths_done") or 0
-        stage = event.get("stage") or ""
-        message = event.get("message") or ""
-        certified = event.get("certified") or 0
+        # An event says what has changed; a new stage starts its own count of draws.
+        if event.get("stage", self._known.get("stage")) != self._known.get("stage"):
+            for name in ("draws_done", "draws_total", "min_ess", "message"):
+                self._known.pop(name, None)
+            self._bars.reset(self._draws)
+        self._known |= event
+        known = self._known
+        strengths = f"{known['strengths_done']}/{known['strengths_total']} strengths"
         self._bars.update(
-            self._certified,
-            description=" ".join(filter(None, (stage, message))) or "strengths",
-            total=total or None,
-            completed=done,
-            count=f"{done}/{total} strengths, {certified} certified" if total else "",
+            self._strengths,
+            description=" ".join(filter(None, (known.get("stage"), known.get("message")))),
+            total=known["strengths_total"],
+            completed=known["strengths_done"],
+            count=f"{strengths}, {known['certified']} certified",
         )
-        draws, draws_total, ess = (
-            event.get("draws_done") or 0,
-            event.get("draws_total") or 0,
-            event.get("min_ess"),
-        )
+        done, total, ess = known.get("draws_done", 0), known.get("draws_total"), known.get("min_ess")
+        drawn = f"{done:,}/{total:,} draws" if total else f"{done:,} draws"
         self._bars.update(
             self._draws,
-            visible=bool(draws_total),
-            total=draws_total or None,
-            completed=draws,
-            count=f"{draws:,}/{draws_total:,} draws" + (f", least ESS {ess:,.0f}" if ess is not None else ""),
+            visible=bool(total or done),
+            total=total,
+            completed=done,
+            count=drawn if ess is None else f"{drawn}, least ESS {ess:,.0f}",
         )
