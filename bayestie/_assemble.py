@@ -1,5 +1,6 @@
 """Draws of an engine -> the results tree: arrays collected, measured, labelled."""
 
+import difflib
 import json
 import math
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
 from bayestie._diagnostics import effective_sample_size
 from bayestie._engines import Draws, LaplaceProposal, Task
-from bayestie._errors import NameLookupError, OptionError
+from bayestie._errors import NameLookupError, OptionError, ShapeError
 from bayestie._psis import psis
 from bayestie._results import build_tree
 
@@ -70,10 +71,16 @@ class Assembly:
                     expected=f"one of {sorted([*sites, *arguments])}",
                     fix="Correct the name.",
                 )
-        dims: dict[str, list[str | None]] = {name: list(site.dims) for name, site in sites.items()}
+        # A variable cannot share its name with a dimension: plate("data") over the argument data is usual.
+        taken = {*sites, *arguments, *self.swept}
+        named = {plate: f"{plate}_dim" if plate in taken else plate for plate in program.plates}
+        dims: dict[str, list[str | None]] = {
+            name: [None if plate is None else named[plate] for plate in site.dims]
+            for name, site in sites.items()
+        }
         sizes: dict[int, list[str]] = {}
         for plate, size in program.plates.items():
-            sizes.setdefault(size, []).append(plate)
+            sizes.setdefault(size, []).append(named[plate])
         for use in self.ties:
             # Copies that are as many as a plate's rows, and no other plate's, carry the plate's name.
             same = sizes.get(use.tie.num_copies, [])
@@ -88,7 +95,50 @@ class Assembly:
             shape = tuple(arguments[name].shape)
             own = [sizes.get(n, []) for n in shape]
             dims.setdefault(name, [s[0] if len(s) == 1 else None for s in own])
-        return dims | {name: list(value) for name, value in given.items()}
+        dims |= {name: list(value) for name, value in given.items()}
+        shapes = {name: site.shape for name, site in sites.items()}
+        shapes |= {name: tuple(x.shape) for name, x in arguments.items()}
+        self._check_labels(given, dims, shapes)
+        return dims
+
+    def _check_labels(
+        self,
+        given: Mapping[str, Sequence[str]],
+        dims: Mapping[str, Sequence[str | None]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Refuse names and labels that do not fit before anything is drawn."""
+        for name, value in given.items():
+            if isinstance(value, str) or len(value) > len(shapes[name]):
+                raise OptionError(
+                    f"dims['{name}']",
+                    found=f"{value!r} for shape {shapes[name]}",
+                    expected=f"a list of at most {len(shapes[name])} names, one per axis",
+                    fix=f'Write dims={{"{name}": ["school"]}}, for example.',
+                )
+        lengths: dict[str, dict[int, str]] = {}
+        for name, shape in shapes.items():
+            own = [*dims.get(name, ())]
+            for i, length in enumerate(shape):
+                dim = (own[i] if i < len(own) else None) or f"{name}_dim_{i}"
+                lengths.setdefault(dim, {}).setdefault(length, name)
+        for dim, labels in self.coords.items():
+            if dim not in lengths:
+                close = difflib.get_close_matches(dim, lengths, n=3)
+                raise NameLookupError(
+                    f"coords['{dim}']",
+                    found="a dimension that no variable has" + (f" (did you mean {', '.join(close)}?)" if close else ""),
+                    expected=f"one of {sorted(lengths)}",
+                    fix="Name the axis with dims=, or by a plate of that name.",
+                )
+            for length, name in lengths[dim].items():
+                if len(labels) != length:
+                    raise ShapeError(
+                        f"coords['{dim}']",
+                        found=f"{len(labels)} labels",
+                        expected=f"{length}, as '{name}' has along that axis",
+                        fix="Give one label per element.",
+                    )
 
     def arguments(self) -> dict[str, Tensor]:
         """Tensor arguments of the model by name, without NaN or infinity."""
@@ -103,13 +153,24 @@ class Assembly:
 
     # -- the tree --------------------------------------------------------------------------------------
 
-    def partial(self, draws: Draws, seconds: float) -> xr.DataTree:
-        """The finished points of an interrupted sweep; over several swept keywords, flattened first to last."""
-        (name, values), *others = self.swept.items()
-        assert not others, "interrupted grids are cut to whole rows before they come here"
-        self.swept = {name: values[draws.points.cpu().numpy()]}
+    def partial(self, draws: Draws, begin: float) -> xr.DataTree | None:
+        """The finished points of an interrupted sweep; of a grid, the rows that are finished whole."""
+        shape = tuple(len(values) for values in self.swept.values())
+        done = np.zeros(shape, dtype=bool)
+        done.reshape(-1)[draws.points.cpu().numpy()] = True
+        # Whole rows along the axis that keeps most; without a swept keyword there is one point or none.
+        kept = [np.flatnonzero(done.all(tuple(a for a in range(done.ndim) if a != axis))) for axis in range(done.ndim)]
+        axis = max(range(done.ndim), key=lambda a: len(kept[a]) / shape[a], default=None)
+        if not done.any() or (axis is not None and not len(kept[axis])):
+            return None
+        rows = np.arange(done.size).reshape(shape)
+        if axis is not None:
+            rows = rows.take(kept[axis], axis)
+            name = list(self.swept)[axis]
+            self.swept[name] = self.swept[name][kept[axis]]
+        order = {int(point): i for i, point in enumerate(draws.points)}
         self.attrs["interrupted"] = 1
-        return self.tree(draws, None, time.perf_counter() - seconds)
+        return self.tree(draws.take([order[int(point)] for point in rows.reshape(-1)]), None, begin)
 
     def tree(self, draws: Draws, gaussian: LaplaceProposal | None, begin: float) -> xr.DataTree:
         program = self.program

@@ -36,6 +36,7 @@ from bayestie._errors import (
     KeywordError,
     ModelError,
     NoLatentError,
+    ShapeError,
 )
 
 
@@ -551,12 +552,41 @@ class LaneProgram:
         last = next(reversed(first.messages), None)
         where = "before its first site" if last is None else f"after site '{last}'"
         at = ", ".join(f"{k}={float(v):g}" for k, v in inputs.swept.items())
+        tie = self._tie_mismatch(error, first, {**arguments})
+        if tie is not None:
+            return tie
         return ModelError(
             f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'"
             + (f" at {at}" if at else ""),
             found=f"{type(error).__name__} {where}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}",
             expected="a model that runs on its arguments",
             fix="Call the model by hand on the same arguments under pyro.enable_validation(True).",
+        )
+
+    @staticmethod
+    def _tie_mismatch(error: Exception, first: _FirstRun, arguments: Mapping[str, Any]) -> BayestieError | None:
+        """The error, told as a tie whose copies the data do not fit, where it looks like one."""
+        text = str(error).lower()
+        if not any(word in text for word in ("size", "shape", "broadcast", "out of bounds", "out of range")):
+            return None
+        tied = {
+            name: msg["infer"]["bayestie"]["tie"].num_copies
+            for name, msg in first.messages.items()
+            if "bayestie" in msg["infer"]
+        }
+        lengths = {n: tuple(x.shape) for n, x in arguments.items() if isinstance(x, Tensor) and x.dim()}
+        whole = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() and not x.is_floating_point()]
+        if not tied or not lengths:
+            return None
+        name, num_copies = next(reversed(tied.items()))
+        top = max((int(x.max()) + 1 for x in whole if x.numel()), default=0)
+        others = f", whose largest index is {top - 1}" if top > num_copies else ""
+        return ShapeError(
+            f"tied site '{name}' in a statement after site '{next(reversed(first.messages))}'",
+            found=f"{num_copies} copies, data of shapes {lengths}{others}, and {type(error).__name__}: "
+            + str(error).strip().splitlines()[0][:200],
+            expected="copies that line up with the data, or an index into them",
+            fix="Give the tie as many copies as there are units, or index them: theta[unit].",
         )
 
     def _read_sites(self, messages: Mapping[str, Any]) -> None:
@@ -824,6 +854,19 @@ def check_keywords(
                 expected=f"one of {names}",
                 fix="Name a keyword of the model, or add it to the model's signature.",
             )
+    absent = [
+        n
+        for n, p in list(parameters.items())
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    absent = [n for n in absent if n not in argument_names(model, args) and n not in (*swept, *kwargs)]
+    if absent:
+        raise KeywordError(
+            f"argument '{absent[0]}'",
+            found="no value",
+            expected=f"a value for each argument of model '{getattr(model, '__name__', type(model).__name__)}'",
+            fix=f"Pass {absent[0]}=..., or sweep it with over=.",
+        )
     positional = argument_names(model, args)
     for name in swept:
         if name in positional:

@@ -4,10 +4,12 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,14 @@ from bayestie._assemble import Assembly
 from bayestie._collect import quantities
 from bayestie._density import build_density
 from bayestie._engines import Draws, Interrupted, LaplaceProposal, Task, run_laplace, run_nuts
-from bayestie._errors import InferenceError, KeywordError, NameLookupError, OptionError, StrengthError
+from bayestie._errors import (
+    InferenceError,
+    KeywordError,
+    NameLookupError,
+    OptionError,
+    OutputError,
+    StrengthError,
+)
 from bayestie._program import LaneProgram, resolve_device
 from bayestie._results import save
 
@@ -69,6 +78,7 @@ def strengths(low: float, high: float, num: int, *, hard: bool = False, free: bo
 
 def fit(
     model: Callable[..., Any],
+    /,
     *args: Any,
     engine: str = "auto",
     seed: int = 0,
@@ -133,6 +143,7 @@ def fit(
 
 def sweep(
     model: Callable[..., Any],
+    /,
     *args: Any,
     over: Mapping[str, Sequence[float]],
     engine: str = "auto",
@@ -238,6 +249,9 @@ def _run(
 ) -> xr.DataTree:
     begin = time.perf_counter()
     check_options(engine, num_chains, num_draws, target_ess, guide)
+    _check_seed(seed)
+    if out is not None:
+        _check_place(out)
     clash = [name for name in kwargs if name in swept]
     if clash:
         raise KeywordError(
@@ -257,7 +271,7 @@ def _run(
         num_draws=num_draws,
         target_ess=target_ess,
         seed=seed,
-        progress=progress or (lambda event: None),
+        progress=_guarded(progress),
         options={} if guide is None else {"guide": guide},
         quantities=lambda at, position: quantities(program, at, position),
     )
@@ -274,11 +288,13 @@ def _run(
         "num_latent": program.num_latent,
     }
     assembly = Assembly(task, swept, attrs, keep, dict(dims or {}), dict(coords or {}))
+    _check_start(task)
     try:
         draws, gaussian = run_engine(engine, task)
     except Interrupted as interruption:
-        if out is not None and len(interruption.draws.points):
-            save(assembly.partial(interruption.draws, time.perf_counter() - begin), out)
+        finished = assembly.partial(interruption.draws, begin) if out is not None else None
+        if finished is not None:
+            save(finished, out)
         raise
     task.progress({"stage": "collecting", "strengths_total": len(grid), "certified": sum(draws.certified)})
     tree = assembly.tree(draws, gaussian, begin)
@@ -313,9 +329,10 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
     finished = [i for i in range(task.num_points) if i not in refused]
     try:
         draws.replace(run_nuts(task, index, gaussian.fit.take(index)))
-    except Interrupted as interruption:
-        draws.replace(interruption.draws)
-        finished += interruption.draws.points.tolist()
+    except KeyboardInterrupt as interruption:  # in the warmup no point is finished by nuts
+        if isinstance(interruption, Interrupted):
+            draws.replace(interruption.draws)
+            finished += interruption.draws.points.tolist()
         raise Interrupted(draws.take(sorted(finished))) from interruption
     return draws, gaussian
 
@@ -349,6 +366,96 @@ def check_options(engine: str, num_chains: int, num_draws: int, target_ess: floa
             expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
             fix="Name the engine too: engine='svi'.",
         )
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise OptionError(
+            "seed",
+            found=repr(seed),
+            expected="a whole number from 0 to 2^63 - 1",
+            fix="Any will do: the same seed gives the same draws.",
+        )
+
+
+def _check_place(out: str | os.PathLike[str]) -> None:
+    """Refuse a place that cannot be written before anything is computed."""
+    try:
+        path = Path(out)
+    except TypeError as error:
+        raise OptionError(
+            "out", found=repr(out)[:80], expected="a path", fix="Name a file, results.nc, or leave it out."
+        ) from error
+    if path.suffix.lower() not in RESULT_SUFFIXES:
+        raise OutputError(
+            str(path),
+            found=f"the suffix {path.suffix!r}",
+            expected=f"one of {', '.join(RESULT_SUFFIXES)}",
+            fix="Name the file results.nc (one file) or results.zarr (a folder).",
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            str(path),
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            expected="a place that can be written",
+            fix="Check that the folder exists, that you may write there and that the disk has room.",
+        ) from error
+
+
+RESULT_SUFFIXES = (".nc", ".nc4", ".netcdf", ".zarr")
+
+
+def _guarded(progress: Progress | None) -> Progress:
+    """The callback, its failures named as its own."""
+    if progress is None:
+        return lambda event: None
+    if not callable(progress):
+        raise OptionError(
+            "progress", found=repr(progress)[:80], expected="a callable of one dict", fix="Leave it out, or pass a function."
+        )
+
+    def report(event: dict[str, Any]) -> None:
+        try:
+            progress(event)
+        except Exception as error:
+            raise OptionError(
+                "progress",
+                found=f"a callback that raised {type(error).__name__}: {error}",
+                expected="one that takes a dict and returns",
+                fix="Mend it, or leave it out; Ctrl-C stops a sweep and keeps what is finished.",
+            ) from error
+
+    return report
+
+
+def _check_start(task: Task) -> None:
+    """Refuse a model whose log joint is finite nowhere near the origin, and name the site."""
+    program, points = task.program, task.points
+    start = 1e-3 * task.normals((len(points), 1, program.num_latent), 104)
+    dead = ~torch.isfinite(task.density.value(points, start)).squeeze(1)
+    if not bool(dead.any()):
+        return
+    points = points[dead]
+    start = 1.5 * task.normals((len(points), 64, program.num_latent), 105)
+    dead = ~torch.isfinite(task.density.value(points, start)).any(1)
+    if not bool(dead.any()):
+        return
+    point = int(points[dead][0])
+    with torch.no_grad(), program.quiet():
+        lane = program.run_lane(start[dead][0, 0], program.point(point))
+    sums = {name: float(x.sum()) for name, x in lane.log_densities.items()}
+    wrong = {name: x for name, x in sums.items() if not math.isfinite(x)} or {"the log joint": math.nan}
+    name, value = next(iter(wrong.items()))
+    at = ", ".join(f"{k}={float(v[point]):g}" for k, v in program.swept.items())
+    raise InferenceError(
+        f"site '{name}'" + (f" at {at}" if at else ""),
+        found=f"log density {value:g} at every one of 64 starting positions",
+        expected="a finite log density somewhere",
+        fix="Check that the data can occur under the model, and the model's arithmetic (log of 0, 0 / 0).",
+    )
 
 
 def _call_text(
