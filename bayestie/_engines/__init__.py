@@ -4,5 +4,19 @@ from bayestie._engines._laplace import LaplaceProposal, run_laplace
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._nuts import run_nuts
 from bayestie._engines._protocol import Draws, Interrupted, Task
+from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
+from bayestie._engines._svi import run_svi
 
-__all__ = ["Draws", "Interrupted", "LaplaceFit", "LaplaceProposal", "Task", "fit_laplace", "run_laplace", "run_nuts"]
+__all__ = [
+    "Draws",
+    "Interrupted",
+    "LaplaceFit",
+    "LaplaceProposal",
+    "Task",
+    "fit_laplace",
+    "run_laplace",
+    "run_nuts",
+    "run_pyro_nuts",
+    "run_pyro_svi",
+    "run_svi",
+]

@@ -85,7 +85,9 @@ class ImportancePool:
     def grow(self, proposal: Proposal, index: Tensor, extra: int) -> None:
         """Add ``extra`` draws of the proposal at the points in ``index``."""
         noise = [
-            self.task.normals((extra, proposal.num_noise), self.stream, int(i), self.rounds[int(i)])
+            self.task.normals(
+                (extra, proposal.num_noise), self.stream, int(self.points[i]), self.rounds[int(i)]
+            )
             for i in index
         ]
         self.add(index, *proposal.take(index).propose(torch.stack(noise)))
@@ -132,7 +134,6 @@ class ImportancePool:
         needed: float,
         *,
         always_resample: bool = True,
-        notes: Sequence[str] | None = None,
     ) -> Draws:
         """Equal-weight draws at every point.
 
@@ -142,7 +143,6 @@ class ImportancePool:
             needed: effective sample size of the weights that certifies.
             always_resample: resample by the weights at points that are not certified too; otherwise
                 these give the proposal's own draws.
-            notes: per point, what else the reason should say.
         """
         task, count = self.task, len(self.points)
         shape = (task.num_chains, task.num_draws)
@@ -161,7 +161,7 @@ class ImportancePool:
             errors.append(mean.new_zeros(()) if exact else relative.std() / math.sqrt(len(log_weight)))
             ess.append(self.ess[i].new_tensor(torch.inf) if exact else self.ess[i])
             certified.append(ok)
-            reasons.append(reason if notes is None else f"{reason}; {notes[i]}")
+            reasons.append(reason)
         return Draws(
             points=self.points,
             position=torch.stack(positions),
@@ -186,7 +186,7 @@ class ImportancePool:
 
     def _resample(self, i: int) -> Tensor:
         """Systematic resampling of the smoothed weights (one uniform), then shuffled over the chains."""
-        rng = self.task.generator(self.stream + 1, i)
+        rng = self.task.generator(self.stream + 1, int(self.points[i]))
         cumulative = torch.cumsum(torch.exp(self.smoothed[i]), 0)
         grid = (torch.arange(self.wanted, dtype=cumulative.dtype) + rng.uniform()) / self.wanted
         rows = torch.searchsorted(cumulative / cumulative[-1], grid.to(cumulative.device))
