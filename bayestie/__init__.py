@@ -27,6 +27,12 @@ _HOMES = {
     "average": "._strength",
     "hard_vs_soft": "._strength",
     "compare": "._predict",
+    "leave_copy_out": "._refit",
+    "loo_refits": "._refit",
+    "risk": "._risk",
+    "calibrate": "._calibration",
+    "prior_predictive": "._forward",
+    "posterior_predictive": "._forward",
     "pooling": "._pooling",
     "tension": "._tension",
     "verdict": "._verdict",
@@ -39,15 +45,21 @@ __all__ = [
     "TieReparam",
     "TiedNormal",
     "average",
+    "calibrate",
     "compare",
     "errors",
     "evidence",
     "fit",
     "hard_vs_soft",
+    "leave_copy_out",
     "load",
+    "loo_refits",
     "plots",
     "pooling",
+    "posterior_predictive",
+    "prior_predictive",
     "report",
+    "risk",
     "save",
     "select",
     "strength_posterior",
@@ -61,11 +73,15 @@ __all__ = [
 if TYPE_CHECKING:
     from . import _errors as errors
     from . import plots
+    from ._calibration import calibrate
     from ._evidence import evidence
+    from ._forward import posterior_predictive, prior_predictive
     from ._pooling import pooling
     from ._predict import compare
+    from ._refit import leave_copy_out, loo_refits
     from ._report import report
     from ._results import load, save, select
+    from ._risk import risk
     from ._strength import average, hard_vs_soft, strength_posterior
     from ._sweep import fit, strengths, sweep
     from ._tension import tension

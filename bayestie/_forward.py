@@ -10,12 +10,16 @@ import numpy as np
 import torch
 import xarray as xr
 
-from bayestie._assemble import Assembly
-from bayestie._density import ProgramDensity
-from bayestie._engines import Task
 from bayestie._errors import NameLookupError, OptionError
-from bayestie._points import read_over
-from bayestie._program import LaneInputs, LaneProgram, argument_names, check_keywords, resolve_device, to_tensors
+from bayestie._points import Grid, labelled, read_over
+from bayestie._program import (
+    LaneInputs,
+    LaneProgram,
+    argument_names,
+    check_keywords,
+    resolve_device,
+    to_tensors,
+)
 from bayestie._results import build_tree, swept_names
 from bayestie._simulate import Simulated, Simulator, refuse_factors
 
@@ -76,11 +80,13 @@ def prior_predictive(
     refuse_factors(program)
     points = torch.arange(grid.size, device=program.device).repeat_interleave(num_draws)
     drawn = Simulator.of(program).run(program.point_inputs(points), len(points), seed)
-    labels = Assembly(_no_work(program), grid.values, {}, None, dims or {}, coords or {})
+    labels = labelled(program, grid, dims, coords)
 
     def shaped(kind: str) -> dict[str, np.ndarray]:
         found = drawn.of(kind)
-        return {n: x.reshape((*grid.shape, 1, num_draws, *x.shape[1:])).cpu().numpy() for n, x in found.items()}
+        return {
+            n: x.reshape((*grid.shape, 1, num_draws, *x.shape[1:])).cpu().numpy() for n, x in found.items()
+        }
 
     groups = {
         "prior": {**shaped("latent"), **shaped("deterministic")},
@@ -89,7 +95,7 @@ def prior_predictive(
         "constant_data": {n: v.cpu().numpy() for n, v in labels.arguments().items()},
     }
     return build_tree(
-        swept=grid.values,
+        swept=grid.coords(),
         groups={group: variables for group, variables in groups.items() if variables},
         event_dims={n: d for n, d in labels.dims.items() if any(n in g for g in groups.values())},
         coords=labels.coords,
@@ -100,10 +106,6 @@ def prior_predictive(
             "call": "prior_predictive",
         },
     )
-
-
-def _no_work(program: LaneProgram) -> Task:
-    return Task(program, ProgramDensity(program), program.num_points, 1, 1, 1.0, 0, lambda event: None)
 
 
 def posterior_predictive(
@@ -148,26 +150,29 @@ def posterior_predictive(
     stored = _stored(path, names)
     num_chains, length = next(iter(stored.values())).shape[len(names) : len(names) + 2]
     rows = _thinned(length, num_draws)
-    values = {name: np.asarray(path["sweep"].coords[name].values, dtype=float) for name in names}
+    grid = Grid({name: np.asarray(path["sweep"].coords[name].values, dtype=float) for name in names})
     kwargs = {**json.loads(path.attrs.get("selected", "{}")), **kwargs}
-    check_keywords(model, args, kwargs, values)
+    check_keywords(model, args, kwargs, grid.values)
     where = resolve_device(device)
     tensors = to_tensors(tuple(args), torch.float64, where)
     simulator = Simulator(
-        model, argument_names(model, tensors), tensors, to_tensors(dict(kwargs), torch.float64, where), device=where
+        model,
+        argument_names(model, tensors),
+        tensors,
+        to_tensors(dict(kwargs), torch.float64, where),
+        device=where,
     )
-    lead = tuple(len(v) for v in values.values())
+    lead = grid.shape
     shape = (*lead, num_chains, len(rows))
     num = math.prod(shape)
     given = {
-        name: torch.as_tensor(x[(slice(None),) * (len(lead) + 1) + (rows,)], device=where).flatten(0, len(lead) + 1)
+        name: torch.as_tensor(x[(slice(None),) * (len(lead) + 1) + (rows,)], device=where).flatten(
+            0, len(lead) + 1
+        )
         for name, x in stored.items()
     }
-    mesh = np.meshgrid(*values.values(), indexing="ij") if values else []
-    swept = {
-        name: torch.as_tensor(x.reshape(-1), device=where).repeat_interleave(num_chains * len(rows))
-        for name, x in zip(names, mesh, strict=True)
-    }
+    strengths = torch.arange(grid.size, device=where).repeat_interleave(num_chains * len(rows))
+    swept = grid.at(strengths)
     drawn = simulator.run(LaneInputs(swept=swept), num, seed, given=given)
     used = [name for name in drawn.values if name in given and drawn.kinds[name] == "latent"]
     if not used:
@@ -177,7 +182,9 @@ def posterior_predictive(
             expected=f"some of {sorted(given)}",
             fix="Pass the model of the sweep, or one that keeps its site names.",
         )
-    observed = {site for group in ("observed_data", "posterior_predictive") for site in path.children.get(group, {})}
+    observed = {
+        site for group in ("observed_data", "posterior_predictive") for site in path.children.get(group, {})
+    }
     groups: dict[str, dict[str, np.ndarray]] = {"posterior_predictive": {}, "predictions": {}}
     for name, value in drawn.values.items():
         if name in used:
@@ -191,15 +198,19 @@ def posterior_predictive(
         for name, x in constant.items()
         if isinstance(x, torch.Tensor) and name not in drawn.values and bool(torch.isfinite(x).all())
     }
-    event_dims = {name: _event_dims(path, name, drawn, len(shape)) for name in drawn.values if name not in used}
+    event_dims = {
+        name: _event_dims(path, name, drawn, len(shape)) for name in drawn.values if name not in used
+    }
     draw = path["posterior"].coords["draw"].values[rows]
     return build_tree(
-        swept=values,
+        swept=grid.coords(),
         groups={group: variables for group, variables in groups.items() if variables},
         event_dims=event_dims,
         coords=_labels(path, groups, event_dims) | dict(coords or {}),
-        attrs={**path.attrs, "call": "posterior_predictive", "seed": seed},
-        group_coords={group: {"draw": draw} for group in ("posterior_predictive", "predictions") if groups[group]},
+        attrs={**{str(k): v for k, v in path.attrs.items()}, "call": "posterior_predictive", "seed": seed},
+        group_coords={
+            group: {"draw": draw} for group in ("posterior_predictive", "predictions") if groups[group]
+        },
     )
 
 
@@ -221,14 +232,16 @@ def _event_dims(path: xr.DataTree, name: str, drawn: Simulated, num_lead: int) -
     """The names that the path gives the axes, where they are as long; else those of the plates."""
     shape = drawn.values[name].shape[1:]
     for group in ("posterior", "posterior_predictive"):
-        array = path[group].get(name) if group in path.children else None
-        if array is not None and array.shape[num_lead:] == shape:
-            return [str(dim) for dim in array.dims[num_lead:]]
+        known = path[group].data_vars if group in path.children else {}
+        if name in known and known[name].shape[num_lead:] == shape:
+            return [str(dim) for dim in known[name].dims[num_lead:]]
     return drawn.dims[name]
 
 
 def _labels(
-    path: xr.DataTree, groups: Mapping[str, Mapping[str, np.ndarray]], event_dims: Mapping[str, Sequence[str | None]]
+    path: xr.DataTree,
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    event_dims: Mapping[str, Sequence[str | None]],
 ) -> dict[str, np.ndarray]:
     """The path's labels of the dims that are as long here as there."""
     lengths = {

@@ -97,7 +97,9 @@ _RANDOM: dict[Any, Callable[..., Tensor]] = {
     Tensor.normal_: lambda x, mean=0.0, std=1.0: mean + std * torch.randn_like(x),
     Tensor.uniform_: lambda x, low=0.0, high=1.0: low + (high - low) * torch.rand_like(x),
     Tensor.exponential_: lambda x, rate=1.0: -torch.log1p(-torch.rand_like(x)) / rate,
-    Tensor.cauchy_: lambda x, loc=0.0, scale=1.0: loc + scale * torch.tan(torch.pi * (torch.rand_like(x) - 0.5)),
+    Tensor.cauchy_: lambda x, loc=0.0, scale=1.0: (
+        loc + scale * torch.tan(torch.pi * (torch.rand_like(x) - 0.5))
+    ),
 }
 
 
@@ -331,4 +333,3 @@ def _check_only_observed(
                 expected="data that the model observes and uses nowhere else",
                 fix="Pass what else depends on the data as an argument of its own.",
             )
-
