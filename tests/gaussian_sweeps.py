@@ -106,7 +106,7 @@ def gaussian_tree(ties, y, noise, grids, *, num_chains=4, num_draws=250, seed=0,
     for at in points:
         swept = dict(zip(grids, at, strict=True))
         point = [swept[t.keyword] for t in ties]
-        data = y(swept) if callable(y) else y
+        data = np.asarray(y(swept) if callable(y) else y)
         found = _draw(ties, point, data, np.broadcast_to(noise, data.shape), shape, generator)
         for key, value in found.items():
             columns.setdefault(key, []).append(value)

@@ -43,7 +43,9 @@ def _cases():
 @pytest.mark.parametrize(("tie", "form"), list(_cases()))
 def test_slope_is_the_derivative_of_the_closed_form(tie, form):
     tied, y, path = _model(tie, form, num_draws=1000)
-    mean, error = slope(path, "sigma")
+    found = slope(path, "sigma")
+    assert found is not None
+    mean, error = found
     for i, sigma in enumerate(STRENGTHS):
         if sigma == 0:
             assert float(mean[i]) == 0 and float(error[i]) == 0

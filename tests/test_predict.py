@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def compared(path):
     return compare(path)
 
 
-def _arviz(path, sigma, **options):
+def _arviz(path, sigma, **options) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
         return loo(select(path, sigma=sigma), pointwise=True, **options)

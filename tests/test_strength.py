@@ -178,13 +178,14 @@ def _exact_average(prior, log_evidence_at, base_sd, **options):
     sigma, mass, _ = _quadrature(prior, log_evidence_at, num=4000, **options)
     keep = mass > 1e-9
     moments = [exact_moments(s, EFFECT, STDERR, base_sd) for s in sigma[keep]]
-    mean = sum(m * mu for m, (mu, _) in zip(mass[keep], moments, strict=True))
-    square = sum(m * (mu**2 + sd**2) for m, (mu, sd) in zip(mass[keep], moments, strict=True))
+    centre, spread = (np.stack(column) for column in zip(*moments, strict=True))
+    mean = mass[keep] @ centre
+    square = mass[keep] @ (centre**2 + spread**2)
     return mean, np.sqrt(square - mean**2), mass @ sigma
 
 
 def _z_scores(tree, mean, sd):
-    theta = tree["posterior"]["theta"].values.reshape(-1, 8)
+    theta = tree["posterior"].to_dataset()["theta"].values.reshape(-1, 8)
     size = 1 / (1 / len(theta) + 1 / float(tree["average"].ess))
     centred = theta - theta.mean(0)
     sd_error = np.sqrt((np.mean(centred**4, 0) / theta.var(0) ** 2 - 1) / 4 / size) * theta.std(0)
@@ -200,7 +201,7 @@ def test_averaged_draws_are_the_posterior_under_posteriordb_priors(seed, exact_c
     np.testing.assert_allclose(mean[[0, 5]], [6.2119, 4.0426], atol=5e-3)
     for z in _z_scores(found, mean, sd):
         assert abs(z).max() < 4
-    sigma = found["posterior"]["sigma"].values.ravel()
+    sigma = found["posterior"].to_dataset()["sigma"].values.ravel()
     assert abs(sigma.mean() - tau) < 4 * sigma.std() / math.sqrt(float(found["average"].ess) / 4)
     assert float(found["average"].khat) < 0.7
     assert float(found["average"].ess) > 10_000
@@ -221,7 +222,7 @@ def test_averaged_draws_with_a_flat_level_are_those_of_bda3():
 
 def test_averaged_sigma_has_the_posterior_of_sigma(path):
     found = average(path, dist.HalfCauchy(5.0), num_draws=2000, seed=2)
-    sigma = found["posterior"]["sigma"].values.ravel()
+    sigma = found["posterior"].to_dataset()["sigma"].values.ravel()
     exact = strength_posterior(path, dist.HalfCauchy(5.0))
     levels = np.array(QUANTILES)
     below = (sigma[:, None] <= exact.quantiles.values).mean(0)
@@ -230,10 +231,10 @@ def test_averaged_sigma_has_the_posterior_of_sigma(path):
 
 def test_point_mass_gives_draws_at_zero(path):
     found = average(path, dist.HalfCauchy(5.0), point_mass=0.5, num_draws=1000)
-    sigma = found["posterior"]["sigma"].values
+    sigma = found["posterior"].to_dataset()["sigma"].values
     share = float(found["average"].mass_at_zero)
     assert abs((sigma == 0).mean() - share) < 4 * math.sqrt(share * (1 - share) / sigma.size)
-    theta, level = found["posterior"]["theta"].values, found["posterior"]["theta_level"].values
+    theta, level = (found["posterior"].to_dataset()[name].values for name in ("theta", "theta_level"))
     assert np.array_equal(
         theta[sigma == 0], np.broadcast_to(level[sigma == 0][:, None], theta[sigma == 0].shape)
     )
@@ -253,7 +254,7 @@ def test_averaged_draws_in_the_other_forms(form):
     for s, m in zip(sigma, mass, strict=True):
         prior = tied.maps(s) @ tied.maps(s).T
         mean += m * (1.0 + prior @ np.linalg.solve(prior + 0.64 * np.eye(5), y - 1.0))
-    theta = found["posterior"]["theta"].values.reshape(-1, 5)
+    theta = found["posterior"].to_dataset()["theta"].values.reshape(-1, 5)
     size = 1 / (1 / len(theta) + 1 / float(found["average"].ess))
     assert (abs(theta.mean(0) - mean) < 4 * theta.std(0) / math.sqrt(size)).all()
 
@@ -294,7 +295,7 @@ def test_the_other_strength_is_averaged_over_under_its_prior(grid_of_two):
     points = np.concatenate([[1e-3], np.geomspace(0.02, 200, 70)])
     other = np.concatenate([[1e-3], np.geomspace(0.02, 60, 70)])
     log_joint = np.array([[dense_log_evidence(ties, [s, t], y, 0.8) for t in other] for s in points])
-    weights = [stats.halfcauchy(scale=1).pdf(points), stats.halfnorm(scale=2).pdf(other)]
+    weights = [stats.halfcauchy.pdf(points, scale=1), stats.halfnorm.pdf(other, scale=2)]
     inner = np.trapezoid(np.exp(log_joint - log_joint.max()) * weights[1], other, axis=1) * weights[0]
     mean = np.trapezoid(inner * points, points) / np.trapezoid(inner, points)
     assert float(found["mean"]) == pytest.approx(mean, rel=0.03)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 import xarray as xr
 from gaussian_sweeps import Tied, gaussian_tree
 from synthetic import EFFECT, STDERR, eight_schools_tree, fit_tree, normal_means_tree, spoil
@@ -99,7 +100,7 @@ def test_it_states_how_the_bayes_factor_moves_with_the_prior():
 
 def test_the_default_prior_knows_the_grid_and_not_the_data():
     values = np.array([0.0, 0.1, 1.0, 40.0, math.inf])
-    assert float(default_prior(values).scale) == pytest.approx(2.0)
+    assert float(default_prior(values).icdf(torch.tensor(0.5))) == pytest.approx(2.0)
     one, other = verdict(_means(ALIKE)).record, verdict(_means(APART, 2.0)).record
     assert one["prior"] == other["prior"]
     assert "chosen without looking at the data" in verdict(_means(ALIKE)).text
