@@ -393,6 +393,13 @@ def _check_observed(msg: Any, scored: Tensor) -> None:
     try:
         log_density = msg["fn"].log_prob(scored)
     except ValueError as error:
+        if "broadcastable" in str(error):
+            raise ShapeError(
+                f"observed site '{msg['name']}'",
+                found=f"data of shape {tuple(value.shape)} for a likelihood of shape {tuple(msg['fn'].shape())}",
+                expected="one shape",
+                fix="Check the data, and the number of copies of any tie they depend on.",
+            ) from error
         outside = "support" in str(error)
         raise (DataError if outside else ModelError)(
             f"observed site '{msg['name']}'",
@@ -558,7 +565,7 @@ class LaneProgram:
         return ModelError(
             f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'"
             + (f" at {at}" if at else ""),
-            found=f"{type(error).__name__} {where}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}",
+            found=f"{type(error).__name__} {where}: {' '.join(str(error).split())[:300]}",
             expected="a model that runs on its arguments",
             fix="Call the model by hand on the same arguments under pyro.enable_validation(True).",
         )

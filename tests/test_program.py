@@ -14,6 +14,7 @@ from zoo import MASK, ZOO, Case, X, Y, masked_regression, missing_observations, 
 
 import bayestie as bt
 from bayestie import _program
+from bayestie._errors import BayestieError
 from bayestie._program import LaneInputs, LaneProgram, model_defaults
 
 CPU = torch.device("cpu")
@@ -221,7 +222,7 @@ def _started(model):
     for seed in range(20):
         try:
             return LaneProgram(model, (torch.ones(2, dtype=torch.float64),), seed=seed)
-        except bt.BayestieError:
+        except BayestieError:
             continue
     raise AssertionError("no seed starts the model")
 
