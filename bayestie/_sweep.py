@@ -19,7 +19,17 @@ import xarray as xr
 from bayestie._assemble import Assembly
 from bayestie._collect import quantities
 from bayestie._density import build_density
-from bayestie._engines import Draws, Interrupted, LaplaceProposal, Task, run_laplace, run_nuts
+from bayestie._engines import (
+    Draws,
+    Interrupted,
+    LaplaceProposal,
+    Task,
+    run_laplace,
+    run_nuts,
+    run_pyro_nuts,
+    run_pyro_svi,
+    run_svi,
+)
 from bayestie._errors import (
     InferenceError,
     KeywordError,
