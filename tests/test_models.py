@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
@@ -157,6 +158,6 @@ def test_nile_learns_its_noise_on_request():
 def test_dyestuff_at_its_maximum_gives_the_published_deviance():
     # With level, noise and sigma at their ML values the deviance (lme4: 327.32705988) is -2 log evidence.
     model, data = _load("dyestuff")
-    known = _arguments(data) | {"level_mean": 1527.5, "level_sd": 0.0}
+    known: dict[str, Any] = _arguments(data) | {"level_mean": 1527.5, "level_sd": 0.0}
     fit = bt.fit(model, **known, noise_sd=49.5101, sigma=37.2603, engine="laplace", num_draws=100)
     assert -2 * fit["sweep"]["log_evidence"].item() == pytest.approx(327.32705988, abs=1e-6)
