@@ -171,6 +171,14 @@ def test_a_diagnostic_that_is_missing_is_not_taken_for_a_good_one(value):
     assert any("R-hat" in warning for warning in row.warnings)
 
 
+def test_a_bad_khat_of_chains_spoils_their_evidence_and_not_their_draws():
+    tree = spoil(spoil(small_tree(), 5.0, khat=0.9, max_pareto_k=0.1), 5.0, ess_weights=math.inf)
+    (row,) = [row for row in trust_table(tree) if row.short == "5"]
+    assert row.warnings == [
+        "evidence by importance sampling unreliable: khat above 0.7 (the draws are not affected)"
+    ]
+
+
 def test_names_are_escaped():
     hostile = normal_means_tree(
         EFFECT, STDERR, strengths=STRENGTHS[:3], labels=[HOSTILE] * 8, dim="<b>dim<b>"

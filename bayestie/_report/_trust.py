@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from bayestie._evidence import KHAT_LIMIT
 from bayestie._psis import good_k
 from bayestie._results import SAMPLE_DIMS, swept_names
 from bayestie.plots._style import number
@@ -68,8 +69,15 @@ def _khat_text(value: float) -> str:
 
 
 def _judge_khat(value: float, num_draws: int) -> str:
-    limit = good_k(max(num_draws, 10))
-    return f"importance weights unreliable: khat above {limit:.2f}" if not value <= limit else ""
+    return f"importance weights unreliable: khat above {KHAT_LIMIT}" if not value <= KHAT_LIMIT else ""
+
+
+def _only_evidence(cell: Cell, here: xr.Dataset) -> Cell:
+    """Where draws are not made by weights (infinite ESS), a bad khat spoils an estimate of evidence only."""
+    if cell.warning and "ess_weights" in here and here["ess_weights"].item() == math.inf:
+        what = "evidence by importance sampling unreliable"
+        return Cell(cell.text, f"{what}: khat above {KHAT_LIMIT} (the draws are not affected)")
+    return cell
 
 
 def _judge_pareto(value: float, num_draws: int) -> str:
@@ -137,15 +145,14 @@ def trust_table(tree: xr.DataTree) -> list[Row]:
         here = sweep.isel(dict(zip(names, point, strict=True)))
         values = [number(float(here[name])) for name in names]
         strength = ", ".join(f"{name} = {value}" for name, value in zip(names, values, strict=True))
-        cells = [
-            Cell(
-                column.show(here[column.variable].item()),
-                column.judge(here[column.variable].item(), num_draws),
-            )
-            if column.variable in here
-            else Cell("\N{EN DASH}")
-            for column in COLUMNS
-        ]
+        cells = []
+        for column in COLUMNS:
+            if column.variable not in here:
+                cells.append(Cell("\N{EN DASH}"))
+                continue
+            value = here[column.variable].item()
+            cell = Cell(column.show(value), column.judge(value, num_draws))
+            cells.append(_only_evidence(cell, here) if column.variable == "khat" else cell)
         reason = str(here["reason"].item()) if "reason" in here else ""
         rows.append(Row(", ".join(values) or "fit", strength or "this fit", tuple(cells), reason))
     return rows
