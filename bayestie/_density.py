@@ -184,13 +184,20 @@ class _Family:
     constants: dict[str, Tensor]
     shape: torch.Size
 
-    def log_density(self, points: Tensor, *predictors: Tensor) -> Tensor:
-        """Elementwise log density, summed over nothing; predictors have shape (P, batch, *shape)."""
+    def select(self, points: Tensor) -> dict[str, Tensor]:
+        """The constants of some points, ready to broadcast against (P, batch, *shape)."""
         here = {
             name: x.unsqueeze(1) if len(x) == 1 else x[points].unsqueeze(1)
             for name, x in self.constants.items()
         }
-        return self._log_density(here, predictors)
+        return self._without_trifles(here)
+
+    @staticmethod
+    def _without_trifles(here: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scales and masks that are one everywhere cost two passes over all observations: dropped."""
+        if all(bool((here[name] == 1).all()) for name in _MESSAGE[1:]):
+            here = {name: x for name, x in here.items() if name not in _MESSAGE[1:]}
+        return here
 
     def at(self, points: Tensor, rows: Tensor, predictors: Sequence[Tensor]) -> Tensor:
         """The same for single observations: points and rows (n,), predictors (n, batch)."""
@@ -198,16 +205,19 @@ class _Family:
         for name, x in self.constants.items():
             flat = x.reshape(len(x), -1)
             here[name] = (flat[0, rows] if len(x) == 1 else flat[points, rows]).unsqueeze(1)
-        return self._log_density(here, predictors)
+        return self.log_density(here, predictors)
 
-    def _log_density(self, here: dict[str, Tensor], predictors: Sequence[Tensor]) -> Tensor:
-        value, scale, mask, weight = (here.pop(name) for name in _MESSAGE)
+    def log_density(self, here: dict[str, Tensor], predictors: Sequence[Tensor]) -> Tensor:
+        """Elementwise log density, summed over nothing, at constants that broadcast with the predictors."""
+        fixed = {name: x for name, x in here.items() if name not in _MESSAGE}
         parameters = {
             n: eta if link is None else link(eta)
             for n, link, eta in zip(self.names, self.links, predictors, strict=True)
         }
-        log_density = self.distribution(**parameters, **here, validate_args=False).log_prob(value)
-        return scale_and_mask(log_density, scale * weight, mask.bool())
+        log_density = self.distribution(**parameters, **fixed, validate_args=False).log_prob(here["<value>"])
+        if "<scale>" not in here:
+            return log_density
+        return scale_and_mask(log_density, here["<scale>"] * here["<weight>"], here["<mask>"].bool())
 
 
 _MESSAGE = ("<value>", "<scale>", "<mask>", "<weight>")
@@ -258,6 +268,16 @@ def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) ->
         return torch.sparse_csr_tensor(starts, column[order], values[order], shape)
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """An affine density's parts at some points."""
+
+    points: Tensor
+    map: _Map
+    constants: list[dict[str, Tensor]]  # per family
+    quadratic: tuple[Tensor, ...] | None
+
+
 class AffineDensity:
     """The density of a model whose likelihood depends on the latents through eta = A u + b alone.
 
@@ -281,7 +301,7 @@ class AffineDensity:
         self.families, self.matrix, self.offset = families, matrix, offset  # (S, M, D), (S, M)
         self._rest, self._rest_hessian, self.quadratic = rest, rest_hessian, quadratic
         self.max_batch = max(1, MAX_ELEMENTS // max(1, matrix.shape[1]))
-        self._selected: tuple[Tensor, _Map] | None = None
+        self._selected: _Selection | None = None
 
     def _split(self, eta: Tensor) -> list[list[Tensor]]:
         parts, start = [], 0
@@ -298,10 +318,12 @@ class AffineDensity:
             start += size * len(family.names)
         return parts
 
-    def _likelihood(self, points: Tensor, eta: Tensor) -> Tensor:
+    def _likelihood(self, here: "_Selection", eta: Tensor) -> Tensor:
         total: Any = 0.0
-        for family, predictors in zip(self.families, self._split(eta), strict=True):
-            total = total + family.log_density(points, *predictors).reshape(*eta.shape[:2], -1).sum(-1)
+        for family, constants, predictors in zip(
+            self.families, here.constants, self._split(eta), strict=True
+        ):
+            total = total + family.log_density(constants, predictors).reshape(*eta.shape[:2], -1).sum(-1)
         return total
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
@@ -310,38 +332,48 @@ class AffineDensity:
     def _chunks(self, points: Tensor, position: Tensor) -> Sequence[Tensor]:
         return position.split(max(1, self.max_batch // max(1, len(points))), 1)
 
-    def _map(self, points: Tensor) -> "_Map":
-        if self._selected is None or not torch.equal(self._selected[0], points):
-            self._selected = points.clone(), _Map(self.matrix[points], self.offset[points])
-        return self._selected[1]
+    def _select(self, points: Tensor) -> "_Selection":
+        """What the density needs of some points; engines ask for the same ones thousands of times."""
+        if self._selected is None or not torch.equal(self._selected.points, points):
+            self._selected = _Selection(
+                points.clone(),
+                _Map(self.matrix[points], self.offset[points]),
+                [family.select(points) for family in self.families],
+                None if self.quadratic is None else tuple(x[points] for x in self.quadratic),
+            )
+        return self._selected
 
     def _value(self, points: Tensor, position: Tensor) -> Tensor:
+        here = self._select(points)
         with torch.no_grad(), self.program.quiet():
-            likelihood = self._likelihood(points, self._map(points).forward(position))
+            likelihood = self._likelihood(here, here.map.forward(position))
         return likelihood + self.rest(points, position)[0]
 
     def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         values, grads = [], []
+        here = self._select(points)
         for part in self._chunks(points, position):
-            eta = self._map(points).forward(part).requires_grad_(True)
+            eta = here.map.forward(part).requires_grad_(True)
             with self.program.quiet(), torch.enable_grad():
-                likelihood = self._likelihood(points, eta)
+                likelihood = self._likelihood(here, eta)
                 (slope,) = torch.autograd.grad(likelihood.sum(), eta)
             rest, rest_grad = self.rest(points, part)
             values.append(likelihood.detach() + rest)
-            grads.append(self._map(points).backward(slope) + rest_grad)
+            grads.append(here.map.backward(slope) + rest_grad)
         return torch.cat(values, 1), torch.cat(grads, 1)
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
-        matrix = self.matrix[points]
+        matrix, here = self.matrix[points], self._select(points)
         eta = torch.einsum("smd,sd->sm", matrix, position) + self.offset[points]
         eta = eta.unsqueeze(1).requires_grad_(True)
         hessian = self._prior_hessian(points, position).clone()
         start = 0
         with self.program.quiet(), torch.enable_grad():
-            for family, predictors in zip(self.families, self._split(eta), strict=True):
+            for family, constants, predictors in zip(
+                self.families, here.constants, self._split(eta), strict=True
+            ):
                 size, count = family.shape.numel(), len(family.names)
-                total = family.log_density(points, *predictors).sum()
+                total = family.log_density(constants, predictors).sum()
                 first = torch.autograd.grad(total, predictors, create_graph=True)
                 for i in range(count):
                     # Elementwise density: the gradient of the summed slope is the i-th row of every
@@ -426,7 +458,7 @@ class AffineDensity:
         """The log joint without the affine likelihood, and its gradient."""
         if self.quadratic is None:
             return self._rest(points, position)
-        constant, slope, curvature = (x[points] for x in self.quadratic)
+        constant, slope, curvature = self._select(points).quadratic or ()
         half = 0.5 * torch.bmm(position, curvature)
         value = constant.unsqueeze(1) + (position * (slope.unsqueeze(1) + half)).sum(-1)
         return value, slope.unsqueeze(1) + 2.0 * half
