@@ -228,7 +228,7 @@ CASES = {
     "negative weight": (lambda: bt.Tie.edges(3, [(0, 1)], [-2.0]), errors.TieError, ["weight", "-2"]),
     "NaN weight": (lambda: bt.Tie.edges(3, [(0, 1)], [float("nan")]), errors.TieError, ["weight", "nan"]),
     "empty group": (lambda: bt.Tie.groups([]), errors.TieError, ["labels"]),
-    "no ties": (lambda: bt.Tie.disjoint(), errors.TieError, ["disjoint"]),
+    "no ties": (lambda: bt.Tie.disjoint(), errors.TieError, ["number of ties", "0", "at least one"]),
     "no copies": (lambda: bt.Tie.exchangeable(0), errors.TieError, ["0"]),
     "NaN in the data": (
         lambda: bt.fit(schools, hole(float("nan")), sigma=1.0),
