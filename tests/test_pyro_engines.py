@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from torch.distributions import constraints
 
 from bayestie._density import build_density
 from bayestie._diagnostics import effective_sample_size
@@ -179,7 +180,7 @@ def test_guides_that_cannot_be_are_named():
 def test_nothing_is_left_behind(capfd):
     events: list[dict[str, Any]] = []
     given = torch.tensor(0.5, dtype=torch.float64)
-    pyro.get_param_store().setdefault("loc", given, torch.distributions.constraints.real)
+    pyro.get_param_store().setdefault("loc", given, constraints.real)
     raw = pyro.get_param_store().get_state()["params"]["loc"]
     task = make_task(with_parameter, draws=5, warmup=5, num_steps=5, progress=events.append)
     before = world()
@@ -188,7 +189,7 @@ def test_nothing_is_left_behind(capfd):
     run_pyro_svi(task)
     assert world() == before
     store = pyro.get_param_store()
-    assert list(store.keys()) == ["loc"] and float(store["loc"]) == 0.5
+    assert list(store.keys()) == ["loc"] and float(store["loc"].detach()) == 0.5
     assert store.get_state()["params"]["loc"] is raw
     assert torch.equal(first.position, again.position)
     assert {e["stage"] for e in events} == {"pyro_nuts warmup", "pyro_nuts", "pyro_svi"}

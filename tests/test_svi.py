@@ -60,7 +60,7 @@ def banana():
 
 
 def logistic(x, y, *, sigma):
-    b = pyro.sample("b", dist.Normal(0.0, sigma).expand([3]).to_event(1))
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), sigma).to_event(1))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
 
