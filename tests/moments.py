@@ -1,5 +1,6 @@
 """Posterior moments to test against: from draws with their Monte Carlo errors, and without noise."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,7 @@ from scipy.stats import norm
 from bayestie._collect import collect, quantities
 from bayestie._density import build_density
 from bayestie._draws import effective_size
-from bayestie._engines import LaplaceFit, Task
-from bayestie._engines import fit_laplace
+from bayestie._engines import LaplaceFit, Task, fit_laplace
 from bayestie._program import LaneProgram
 
 FAMILY_WISE = 1e-3
@@ -109,6 +109,12 @@ class Exact:
             quantities=lambda at, position: quantities(program, at, position),
         )
         return cls(program, task, fit_laplace(task, task.points))
+
+    def sized(self, *, num_chains, num_draws, target_ess, **options):
+        """The task with other sizes, and options of an engine."""
+        return dataclasses.replace(
+            self.task, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess, options=options
+        )
 
     def moments(self, site):
         """Mean (P, n) and covariance (P, n, n) of a site that is affine in the latents."""

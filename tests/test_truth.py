@@ -70,7 +70,7 @@ def test_eight_schools_at_given_strengths(engine):
     guide = {"guide": "full_rank"} if engine == "svi" else {}
     path = bt.sweep(
         eight_schools.eight_schools, **SCHOOLS, over={"sigma": STRENGTHS, "level_sd": LEVEL_SDS},
-        engine=engine, seed=11, **guide,
+        engine=engine, seed=11, num_chains=8, num_draws=125, **guide,
     )  # fmt: skip
     all_scores = []
     for tau in STRENGTHS:
@@ -221,7 +221,11 @@ def assert_is_posteriordb(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["nuts", "pyro_nuts"])
 def test_learned_strength_gives_the_published_posterior(engine):
-    fit = bt.fit(schools_with_learned_strength, **SCHOOLS, engine=engine, seed=2)
+    # Our chains run side by side, Pyro's one after another: many short ones here, few long ones there.
+    size = {"nuts": {"num_chains": 16, "num_draws": 100}, "pyro_nuts": {"num_chains": 2, "num_draws": 400}}
+    fit = bt.fit(
+        schools_with_learned_strength, **SCHOOLS, engine=engine, seed=2, target_ess=300, **size[engine]
+    )
     assert_is_posteriordb(Sample.of(fit, ["theta", "theta_level", "tau"]))
 
 
@@ -307,7 +311,7 @@ def test_scotland_is_that_of_stan(engine):
     strengths = [point["sigma"] for point in reference.SCOTLAND["strengths"]]
     path = bt.sweep(
         lip_cancer.lip_cancer, **arguments(lip_cancer), over={"sigma": strengths}, engine=engine, seed=8,
-        num_draws=150, target_ess=200, keep=["posterior"],
+        num_chains=8, num_draws=75, target_ess=200, keep=["posterior"],
     )  # fmt: skip
     assert bool(path["sweep"]["certified"].all()), path["sweep"]["reason"].values
     # The reference gives no effective sizes. Against 80,000 importance draws of this package its 16,000 draws
