@@ -124,10 +124,10 @@ class Assembly:
                 lengths.setdefault(dim, {}).setdefault(length, name)
         for dim, labels in self.coords.items():
             if dim not in lengths:
-                close = difflib.get_close_matches(dim, lengths, n=3)
+                close = ", ".join(difflib.get_close_matches(dim, lengths, n=3))
                 raise NameLookupError(
                     f"coords['{dim}']",
-                    found="a dimension that no variable has" + (f" (did you mean {', '.join(close)}?)" if close else ""),
+                    found="a dimension that no variable has" + (f" (did you mean {close}?)" if close else ""),
                     expected=f"one of {sorted(lengths)}",
                     fix="Name the axis with dims=, or by a plate of that name.",
                 )
@@ -159,8 +159,9 @@ class Assembly:
         done = np.zeros(shape, dtype=bool)
         done.reshape(-1)[draws.points.cpu().numpy()] = True
         # Whole rows along the axis that keeps most; without a swept keyword there is one point or none.
-        kept = [np.flatnonzero(done.all(tuple(a for a in range(done.ndim) if a != axis))) for axis in range(done.ndim)]
-        axis = max(range(done.ndim), key=lambda a: len(kept[a]) / shape[a], default=None)
+        axes = range(done.ndim)
+        kept = [np.flatnonzero(done.all(tuple(b for b in axes if b != a))) for a in axes]
+        axis = max(axes, key=lambda a: len(kept[a]) / shape[a], default=None)
         if not done.any() or (axis is not None and not len(kept[axis])):
             return None
         rows = np.arange(done.size).reshape(shape)
@@ -200,7 +201,7 @@ class Assembly:
         }
         event_dims: dict[str, Sequence[str | None]] = dict(self.dims)
         tree = build_tree(
-            swept=self.swept,
+            swept={name: values.tolist() for name, values in self.swept.items()},
             groups=groups,
             event_dims={n: d for n, d in event_dims.items() if any(n in g for g in groups.values())},
             coords=self.coords,
@@ -351,7 +352,7 @@ class Assembly:
         lead = tuple(len(v) for v in self.swept.values())
         dims = (*self.swept, "laplace_draw")
         data = {name: (dims, x.cpu().numpy().reshape(*lead, -1)) for name, x in draws.pool.items()}
-        return xr.Dataset(data, coords={name: values for name, values in self.swept.items()})
+        return xr.Dataset(data, coords=dict(self.swept))
 
     # -- ties ------------------------------------------------------------------------------------------
 
@@ -444,7 +445,7 @@ def _describe_base(base: Any) -> dict[str, Any]:
             "base": f"{float(value):g} (known)" if value.numel() == 1 else "known",
             "base_known": value.tolist(),
         }
-    inner = base
+    inner: Any = base
     while hasattr(inner, "base_dist"):
         inner = inner.base_dist
     loc, scale = getattr(inner, "loc", None), getattr(inner, "scale", None)

@@ -133,5 +133,6 @@ def predict(program: LaneProgram, name: str, parameters: dict[str, np.ndarray], 
     Drawn outside vmap, where every distribution can sample.
     """
     tensors = {key: torch.as_tensor(value) for key, value in parameters.items()}
+    family: Any = program.observed_families[name]
     with seeded(seed, torch.device("cpu")), program.quiet():
-        return program.observed_families[name](**tensors, validate_args=False).sample().numpy()
+        return family(**tensors, validate_args=False).sample().numpy()

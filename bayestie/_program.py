@@ -142,7 +142,7 @@ def to_tensors(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
     def leaf(x: Any) -> Any:
         if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf":
-            # A copy: torch takes neither negative strides nor read-only memory, and this keeps 0-d arrays 0-d.
+            # A copy, as torch takes neither negative strides nor read-only memory; 0-d arrays stay 0-d.
             x = torch.as_tensor(np.array(x, order="C"))
         if isinstance(x, Tensor):
             x = x.detach().to(device)
@@ -163,7 +163,9 @@ def _cholesky_or_nan(input: Tensor, *, upper: bool = False) -> Tensor:
     return torch.where(info[..., None, None] == 0, factor, factor.new_full((), float("nan")))
 
 
-def _ordered_logistic(self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None) -> None:
+def _ordered_logistic(
+    self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None
+) -> None:
     # Pyro's constructor writes into a fresh tensor, which vmap refuses; the same numbers without writing.
     q = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
     self.predictor, self.cutpoints = predictor.expand(q.shape[:-1]), cutpoints.expand(q.shape)
@@ -367,7 +369,8 @@ def _observed_value(msg: Any) -> Tensor | None:
     batch = value.shape[: value.dim() - msg["fn"].event_dim]
     shape = torch.broadcast_shapes(batch, mask.shape)
     first = torch.nonzero(mask.expand(shape).reshape(-1))[0]
-    return value.expand(shape + value.shape[len(batch) :]).flatten(0, max(len(shape) - 1, 0))[first].squeeze(0)
+    rows = value.expand(shape + value.shape[len(batch) :]).flatten(0, max(len(shape) - 1, 0))
+    return rows[first].squeeze(0)
 
 
 def _filled(msg: Any, fill: Tensor) -> Tensor:
@@ -394,9 +397,10 @@ def _check_observed(msg: Any, scored: Tensor) -> None:
         log_density = msg["fn"].log_prob(scored)
     except ValueError as error:
         if "broadcastable" in str(error):
+            shape = tuple(msg["fn"].shape())
             raise ShapeError(
                 f"observed site '{msg['name']}'",
-                found=f"data of shape {tuple(value.shape)} for a likelihood of shape {tuple(msg['fn'].shape())}",
+                found=f"data of shape {tuple(value.shape)} for a likelihood of shape {shape}",
                 expected="one shape",
                 fix="Check the data, and the number of copies of any tie they depend on.",
             ) from error
@@ -417,7 +421,8 @@ def _check_observed(msg: Any, scored: Tensor) -> None:
             f"observed site '{msg['name']}'",
             found=f"batch shape {tuple(batch)} with axes that no plate declares",
             expected="a pyro.plate for every batch axis (or .to_event)",
-            fix=f"Wrap the statement in `with pyro.plate('row', {batch[-1]}):`, or check for an unwanted broadcast.",
+            fix=f"Wrap the statement in `with pyro.plate('row', {batch[-1]}):`, "
+            "or check for an unwanted broadcast.",
         )
 
 
@@ -571,7 +576,9 @@ class LaneProgram:
         )
 
     @staticmethod
-    def _tie_mismatch(error: Exception, first: _FirstRun, arguments: Mapping[str, Any]) -> BayestieError | None:
+    def _tie_mismatch(
+        error: Exception, first: _FirstRun, arguments: Mapping[str, Any]
+    ) -> BayestieError | None:
         """The error, told as a tie whose copies the data do not fit, where it looks like one."""
         text = str(error).lower()
         if not any(word in text for word in ("size", "shape", "broadcast", "out of bounds", "out of range")):
@@ -581,8 +588,9 @@ class LaneProgram:
             for name, msg in first.messages.items()
             if "bayestie" in msg["infer"]
         }
-        lengths = {n: tuple(x.shape) for n, x in arguments.items() if isinstance(x, Tensor) and x.dim()}
-        whole = [x for x in arguments.values() if isinstance(x, Tensor) and x.dim() and not x.is_floating_point()]
+        arrays = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dim()}
+        lengths = {n: tuple(x.shape) for n, x in arrays.items()}
+        whole = [x for x in arrays.values() if not x.is_floating_point()]
         if not tied or not lengths:
             return None
         name, num_copies = next(reversed(tied.items()))
@@ -606,7 +614,7 @@ class LaneProgram:
             if _is_deterministic(msg):
                 deterministic[name] = site
             elif msg["is_observed"]:
-                if not type(msg["fn"]).__name__ == "Unit":  # pyro.factor: part of the density, not data
+                if type(msg["fn"]).__name__ != "Unit":  # pyro.factor: part of the density, not data
                     observed[name] = site
             elif _is_enumerated(msg):
                 enumerated.append(name)
@@ -690,7 +698,8 @@ class LaneProgram:
             for name in (*self.fills, *self.imputed):
                 trace.nodes[name].update(lane.mended(trace.nodes[name]))
             for name, weight in inputs.weights.items():
-                trace.nodes[name]["scale"] = trace.nodes[name]["scale"] * weight
+                node: Any = trace.nodes[name]
+                node["scale"] = node["scale"] * weight
             evaluator = TraceEinsumEvaluator(trace, True, self.max_plate_nesting)
             return evaluator.log_prob(trace) + lane.log_jacobian
 
@@ -767,7 +776,8 @@ class LaneProgram:
         self.loop_reason = _first_line(error)
         name = getattr(self.model, "__name__", type(self.model).__name__)
         warnings.warn(
-            f"model '{name}' cannot be vectorised over lanes, so lanes run one after another ({self.loop_reason})",
+            f"model '{name}' cannot be vectorised over lanes, so lanes run one after another "
+            f"({self.loop_reason})",
             UserWarning,
             stacklevel=2,
         )
@@ -868,10 +878,11 @@ def check_keywords(
     ]
     absent = [n for n in absent if n not in argument_names(model, args) and n not in (*swept, *kwargs)]
     if absent:
+        own = getattr(model, "__name__", type(model).__name__)
         raise KeywordError(
             f"argument '{absent[0]}'",
             found="no value",
-            expected=f"a value for each argument of model '{getattr(model, '__name__', type(model).__name__)}'",
+            expected=f"a value for each argument of model '{own}'",
             fix=f"Pass {absent[0]}=..., or sweep it with over=.",
         )
     positional = argument_names(model, args)

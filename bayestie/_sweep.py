@@ -302,8 +302,7 @@ def _run(
     try:
         draws, gaussian = run_engine(engine, task)
     except Interrupted as interruption:
-        finished = assembly.partial(interruption.draws, begin) if out is not None else None
-        if finished is not None:
+        if out is not None and (finished := assembly.partial(interruption.draws, begin)) is not None:
             save(finished, out)
         raise
     task.progress({"stage": "collecting", "strengths_total": len(grid), "certified": sum(draws.certified)})
@@ -424,7 +423,10 @@ def _guarded(progress: Progress | None) -> Progress:
         return lambda event: None
     if not callable(progress):
         raise OptionError(
-            "progress", found=repr(progress)[:80], expected="a callable of one dict", fix="Leave it out, or pass a function."
+            "progress",
+            found=repr(progress)[:80],
+            expected="a callable of one dict",
+            fix="Leave it out, or pass a function.",
         )
 
     def report(event: dict[str, Any]) -> None:

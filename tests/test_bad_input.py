@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from typing import Any
 
 import numpy as np
 import pyro
@@ -14,7 +15,10 @@ import bayestie as bt
 from bayestie import _errors as errors
 
 
-def schools(y, *, sigma, form="level", base=None, tie=None):
+call: Any = bt  # mistakes of type are made on purpose
+
+
+def schools(y, *, sigma, form: Any = "level", base=None, tie=None):
     tie = bt.Tie.exchangeable(len(y)) if tie is None else tie
     theta = bt.tied("theta", tie, sigma, dist.Normal(0.0, 5.0) if base is None else base, form=form)
     with pyro.plate("school", len(y)):
@@ -228,7 +232,7 @@ CASES = {
     "negative weight": (lambda: bt.Tie.edges(3, [(0, 1)], [-2.0]), errors.TieError, ["weight", "-2"]),
     "NaN weight": (lambda: bt.Tie.edges(3, [(0, 1)], [float("nan")]), errors.TieError, ["weight", "nan"]),
     "empty group": (lambda: bt.Tie.groups([]), errors.TieError, ["labels"]),
-    "no ties": (lambda: bt.Tie.disjoint(), errors.TieError, ["number of ties", "0", "at least one"]),
+    "no ties": (bt.Tie.disjoint, errors.TieError, ["number of ties", "0", "at least one"]),
     "no copies": (lambda: bt.Tie.exchangeable(0), errors.TieError, ["0"]),
     "NaN in the data": (
         lambda: bt.fit(schools, hole(float("nan")), sigma=1.0),
@@ -280,7 +284,7 @@ CASES = {
         errors.ModelError,
         ["crashing", "KeyError after site 'mu'", "missing column", "by hand"],
     ),
-    "no function": (lambda: bt.fit(3, Y), errors.ModelError, ["int", "not callable", "by hand"]),
+    "no function": (lambda: call.fit(3, Y), errors.ModelError, ["int", "not callable", "by hand"]),
     "a negative scale": (
         lambda: bt.fit(negative_scale, Y),
         errors.ModelError,
@@ -337,7 +341,7 @@ CASES = {
         ["progress", "ZeroDivisionError: in the callback", "Mend it"],
     ),
     "no callback": (
-        lambda: bt.fit(normal_mean, Y, progress=True),
+        lambda: call.fit(normal_mean, Y, progress=True),
         errors.OptionError,
         ["progress", "True", "a callable"],
     ),
@@ -347,7 +351,7 @@ CASES = {
         ["num_chains", "0", "at least 1"],
     ),
     "half a draw": (
-        lambda: bt.fit(normal_mean, Y, num_draws=100.5),
+        lambda: call.fit(normal_mean, Y, num_draws=100.5),
         errors.OptionError,
         ["num_draws", "100.5", "a whole number"],
     ),
@@ -362,7 +366,7 @@ CASES = {
         ["seed", "-1", "a whole number"],
     ),
     "a seed of text": (
-        lambda: bt.fit(normal_mean, Y, seed="today"),
+        lambda: call.fit(normal_mean, Y, seed="today"),
         errors.OptionError,
         ["seed", "'today'", "a whole number"],
     ),
@@ -418,7 +422,11 @@ CASES = {
     ),
     "strengths from zero": (lambda: bt.strengths(0.0, 1.0, 4), errors.OptionError, ["low=0.0", "hard=True"]),
     "no strengths": (lambda: bt.strengths(0.1, 1.0, 0), errors.OptionError, ["num=0", "at least 2"]),
-    "half a strength": (lambda: bt.strengths(0.1, 1.0, 2.5), errors.OptionError, ["num=2.5", "whole number"]),
+    "half a strength": (
+        lambda: call.strengths(0.1, 1.0, 2.5),
+        errors.OptionError,
+        ["num=2.5", "whole number"],
+    ),
 }
 
 

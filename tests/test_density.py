@@ -1,4 +1,4 @@
-"""The batched density of a sweep: the affine route against the lane program, curvature against differences."""
+"""The batched density: the affine route against the lane program, curvature against differences."""
 
 import pyro
 import pyro.distributions as dist
@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import COUNTS, GROUP, ZOO, X, Y, numbers, tied_copies, tied_level
 
-from bayestie._density import AffineDensity, Density, ProgramDensity, build_density
+from bayestie._density import AffineDensity, Density, ProgramDensity, _Map, build_density
 from bayestie._program import LaneProgram
 
 POINT = torch.tensor([0])
@@ -99,7 +99,7 @@ def test_sparse_designs_give_the_dense_numbers():
     program = LaneProgram(model, (y, label))
     affine, general = build_density(program), ProgramDensity(program)
     assert isinstance(affine, AffineDensity)
-    assert affine._map(POINT).dense is None
+    assert _Map(affine.matrix, affine.offset).dense is None
     at = positions(affine)
     for found, expected in zip(
         affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at), strict=True
@@ -109,6 +109,7 @@ def test_sparse_designs_give_the_dense_numbers():
 
 def test_what_is_nearly_affine_is_refused():
     """A curvature of 1e-6 in the predictor is no rounding."""
+
     def model(x, y):
         beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("row", len(y)):

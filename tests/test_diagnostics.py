@@ -1,5 +1,7 @@
 """Batched R-hat and effective sample sizes against arviz-stats, one quantity at a time."""
 
+from typing import Any
+
 import arviz_stats.base as stats
 import numpy as np
 import pytest
@@ -32,6 +34,11 @@ def chains(kind: str, num_chains: int, num_draws: int) -> np.ndarray:
     raise AssertionError(kind)
 
 
+def arviz(name: str, draws: np.ndarray, **options) -> float:
+    function: Any = getattr(stats.array_stats, name)
+    return float(function(draws, **options))
+
+
 KINDS = ["independent", "sticky", "alternating", "ties", "apart", "scales", "two values", "heavy"]
 SHAPES = [(4, 100), (4, 101), (2, 33), (3, 250), (1, 64)]
 
@@ -46,9 +53,9 @@ def test_equal_to_arviz(kind, shape):
     for i in range(draws.shape[-1]):
         one = draws[..., i]
         if shape[0] > 1:
-            assert float(rhat[i]) == pytest.approx(float(stats.array_stats.rhat(one)), rel=1e-9)
-        assert float(bulk[i]) == pytest.approx(float(stats.array_stats.ess(one, method="bulk")), rel=1e-9)
-        expected = float(stats.array_stats.ess(one, method="tail", prob=(0.05, 0.95)))
+            assert float(rhat[i]) == pytest.approx(arviz("rhat", one), rel=1e-9)
+        assert float(bulk[i]) == pytest.approx(arviz("ess", one, method="bulk"), rel=1e-9)
+        expected = arviz("ess", one, method="tail", prob=(0.05, 0.95))
         assert float(tail[i]) == pytest.approx(expected, rel=1e-9)
 
 

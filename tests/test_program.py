@@ -27,7 +27,8 @@ def positions(program: LaneProgram, count: int = 4) -> Tensor:
 
 
 def normal(loc, scale):
-    return torch.distributions.Normal(*(torch.as_tensor(x, dtype=torch.float64) for x in (loc, scale)))
+    loc, scale = (torch.as_tensor(x, dtype=torch.float64) for x in (loc, scale))
+    return torch.distributions.Normal(loc, scale)
 
 
 def pyro_log_joint(case: Case, program: LaneProgram, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +41,8 @@ def pyro_log_joint(case: Case, program: LaneProgram, u: Tensor) -> tuple[Tensor,
             _, potential, _, _ = initialize_model(
                 case.model, case.args, case.kwargs, max_plate_nesting=case.max_plate_nesting
             )
-            value = -potential(
-                {name: u[site.slice].reshape(site.unconstrained_shape) for name, site in program.latent.items()}
-            )
+            sites = program.latent.values()
+            value = -potential({x.name: u[x.slice].reshape(x.unconstrained_shape) for x in sites})
     return value.detach(), torch.autograd.grad(value, u)[0]
 
 
@@ -109,12 +109,27 @@ def test_weights_scale_each_observation():
         assert_close(value[i], prior + (weights[i] * rows).sum(), 1e-13)
 
 
+def test_weights_reach_enumerated_models():
+    case = ZOO["mixture_by_enumeration"]
+    program = LaneProgram(case.model, case.args)
+    u = positions(program, 2)
+    repeated = LaneProgram(case.model, (torch.cat([Y, Y[:4]]),)).evaluate(u, NO_INPUTS)
+    twice = torch.where(torch.arange(12) < 4, 2.0, 1.0).double().expand(2, 12)
+    # A weight scales the observation given its category: twice a term is no second draw of the category.
+    weighted = program.evaluate(u, LaneInputs(weights={"y": twice}))
+    assert not torch.allclose(weighted, repeated)
+    left_out = torch.where(torch.arange(12) < 4, 0.0, 1.0).double().expand(2, 12)
+    rest = LaneProgram(case.model, (Y[4:],)).evaluate(u, NO_INPUTS)
+    assert_close(program.evaluate(u, LaneInputs(weights={"y": left_out})), rest, 1e-12)
+
+
 def test_data_may_differ_from_lane_to_lane():
     program = LaneProgram(normal_mean, (Y,))
     u = positions(program, 2)
     value = program.evaluate(u, LaneInputs(data={"y": torch.stack([Y, 2.0 * Y])}))
-    expected = [LaneProgram(normal_mean, (y,)).evaluate(u[i : i + 1], NO_INPUTS) for i, y in enumerate((Y, 2 * Y))]
-    assert_close(value, torch.cat(expected), 1e-13)
+    for i, y in enumerate((Y, 2.0 * Y)):
+        alone = LaneProgram(normal_mean, (y,)).evaluate(u[i : i + 1], NO_INPUTS)
+        assert_close(value[i], alone[0], 1e-13)
 
 
 # -- masks ---------------------------------------------------------------------------------------------
@@ -240,7 +255,7 @@ def branching(y):
 def test_a_branch_on_a_latent_falls_back_to_a_loop():
     program = LaneProgram(branching, (Y,))
     u = torch.tensor([[-0.4], [0.9]], dtype=torch.float64)
-    with pytest.warns(UserWarning, match=r"model 'branching' cannot be vectorised.*data-dependent control flow"):
+    with pytest.warns(UserWarning, match=r"'branching' cannot be vectorised.*data-dependent control flow"):
         value, grad = program.evaluate(u, NO_INPUTS, gradient=True)
     for i in range(2):
         x = u[i, 0].clone().requires_grad_()

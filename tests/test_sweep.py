@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import arviz_stats
 import numpy as np
@@ -133,7 +134,7 @@ def test_dims_and_coords_of_the_users_own():
         Y,
         num_draws=20,
         dims={"weights": ["term"], "mu": ["district"]},
-        coords={"term": ["slope", "step"], "row": np.arange(1900, 1912)},
+        coords={"term": ["slope", "step"], "row": list(range(1900, 1912))},
     )
     assert tree.posterior.weights.coords["term"].values.tolist() == ["slope", "step"]
     assert tree.posterior.mu.dims == ("chain", "draw", "district")
@@ -314,7 +315,7 @@ def test_arviz_reads_one_strength(path, sigma):
     assert [f"theta[{school}]" for school in SCHOOLS] == list(table.index)
     assert bool((arviz_stats.rhat(one, var_names=["theta"])["theta"] < 1.1).all())
     assert bool((arviz_stats.ess(one, var_names=["theta"])["theta"] > 50).all())
-    loo = arviz_stats.loo(one)
+    loo: Any = arviz_stats.loo(one)
     assert float(loo.elpd) == pytest.approx(float(path.sweep.elpd.sel(sigma=sigma)), abs=0.1)
     assert float(loo.se) == pytest.approx(float(path.sweep.elpd_se.sel(sigma=sigma)), rel=0.1)
 

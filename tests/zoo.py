@@ -249,9 +249,7 @@ def hidden_markov(y):
     centres = pyro.sample("centres", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
     state = torch.tensor(0)
     for t in pyro.markov(range(5)):
-        state = pyro.sample(
-            f"state_{t}", dist.Bernoulli(stay[state.long()]), infer={"enumerate": "parallel"}
-        )
+        state = pyro.sample(f"state_{t}", dist.Bernoulli(stay[state.long()]), infer={"enumerate": "parallel"})
         pyro.sample(f"y_{t}", dist.Normal(centres[state.long()], 0.5), obs=y[t])
 
 
@@ -279,8 +277,9 @@ def multivariate_normal(y):
 
 def ordered_logistic(x, category):
     beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    cuts = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), dist.transforms.OrderedTransform())
-    cutpoints = pyro.sample("cutpoints", cuts)
+    steps = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    ordered = dist.TransformedDistribution(steps, dist.transforms.OrderedTransform())
+    cutpoints = pyro.sample("cutpoints", ordered)
     with pyro.plate("row", len(category)):
         pyro.sample("category", dist.OrderedLogistic(x @ beta, cutpoints), obs=category)
 
@@ -342,7 +341,8 @@ def tied_matched(y, *, sigma):
 
 
 def tied_vectors(x, y, group, *, sigma):
-    beta = bt.tied("beta", bt.Tie.chain(4), sigma, dist.Normal(torch.zeros(3), 1.0).to_event(1), event_shape=(3,))
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    beta = bt.tied("beta", bt.Tie.chain(4), sigma, base, event_shape=(3,))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal((x * beta[group]).sum(-1), 0.7), obs=y)
 
