@@ -16,6 +16,9 @@ from bayestie._engines._protocol import Draws, Task
 from bayestie._psis import good_k, psis
 
 
+NEARLY_CONSTANT = 0.1  # range of log weights under which all draws weigh alike
+
+
 class Proposal(Protocol):
     """A distribution at each of P points that standard normal noise is turned into."""
 
@@ -201,6 +204,10 @@ class ImportancePool:
         if exact:
             return True, "the posterior is Gaussian to rounding: draws are exact"
         threshold = good_k(size)
+        # Weights that hardly differ have no tail for khat to measure: it then fits the rounding of nothing.
+        spread = float(self.log_weight[i].amax() - self.log_weight[i].amin())
+        if spread < NEARLY_CONSTANT:
+            return True, f"importance weights are within {math.expm1(spread):.1%} of one another"
         if khat >= threshold:
             return False, f"khat {khat:.2f} of the importance weights is not below {threshold:.2f}"
         if ess < needed:
