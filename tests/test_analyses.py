@@ -21,7 +21,7 @@ def test_smoke(name, tmp_path, capsys):
     paths = found if isinstance(found, tuple) else (found,)
     printed = capsys.readouterr().out
     for path in paths:
-        assert path["posterior"].sizes["sigma"] >= 5
+        assert path["posterior"].sizes["sigma"] >= 4
         assert path["posterior"]["sigma"].values[0] == 0
         assert path.attrs["seed"] == 1
     reports = sorted(report.parent.glob("*.html"))
