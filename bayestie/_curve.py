@@ -67,8 +67,12 @@ class Curve:
         parts = (x[inner] for x in (values, log_evidence, error, slope, slope_error))
         return Curve(*parts, hard=ends[0], free=ends[1])
 
-    @cached_property
+    @property
     def _slopes(self) -> NDArray[np.float64]:
+        return self._slopes_with_errors[0]
+
+    @cached_property
+    def _slopes_with_errors(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         x = np.log(self.values)
         if len(x) > 3:
             spline = CubicSpline(x, self.log_evidence)(x, 1)
@@ -81,7 +85,8 @@ class Curve:
         weight = error**-2.0
         known = np.isfinite(self.slope)
         other = np.where(known, (np.where(known, self.slope_error, 1.0) + 1e-9) ** -2.0, 0.0)
-        return (weight * spline + other * np.where(known, self.slope, 0.0)) / (weight + other)
+        slopes = (weight * spline + other * np.where(known, self.slope, 0.0)) / (weight + other)
+        return slopes, (weight + other) ** -0.5
 
     @cached_property
     def _inner(self) -> Callable[[NDArray], NDArray]:
@@ -107,10 +112,12 @@ class Curve:
         below, above = sigma < low, sigma > high
         inner = ~below & ~above
         out[inner] = self._inner(np.log(sigma[inner]))
-        out[below] = _end((sigma[below] / low) ** 2, self.at_zero, self.log_evidence[0], self._slopes[0])
+        slopes, errors = self._slopes_with_errors
+        t = (sigma[below] / low) ** 2
+        out[below] = _end(t, self.at_zero, self.log_evidence[0], slopes[0], errors[0])
         if self.free:
-            ratio = (high / sigma[above]) ** 2
-            out[above] = _end(ratio, self.free[0], self.log_evidence[-1], -self._slopes[-1])
+            t = (high / sigma[above]) ** 2
+            out[above] = _end(t, self.free[0], self.log_evidence[-1], -slopes[-1], errors[-1])
         else:
             # The slope falls as sigma grows once the data resist, so a straight line is an upper bound.
             out[above] = self.log_evidence[-1] + self._slopes[-1] * np.log(sigma[above] / high)
@@ -156,10 +163,13 @@ class Curve:
         return value, spread
 
 
-def _end(t: NDArray, limit: float, value: float, slope: float) -> NDArray:
+def _end(t: NDArray, limit: float, value: float, slope: float, error: float) -> NDArray:
     # A quadratic in t = (sigma / sigma_1)^2 with the value at t = 1 and d/dlog sigma = slope there.
     rise = value - limit
     bend = (slope - 2 * rise) / 2
+    # It has a peak inside if |bend| > |rise|: believe that only of a slope well above its error.
+    if abs(bend) - 1.5 * error <= abs(rise) + 1e-3:
+        bend = float(np.clip(bend, -abs(rise), abs(rise)))
     return limit + (rise - bend) * t + bend * t**2
 
 

@@ -133,7 +133,8 @@ def _bridge_one(ratios: np.ndarray, second: np.ndarray | None) -> tuple[float, f
     if second is None:
         return _reciprocal(ratios)
     first = ratios - middle
-    other = second.reshape(-1) - middle
+    # A Laplace draw where the density breaks down has no mass there.
+    other = np.nan_to_num(second.reshape(-1) - middle, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     size = float(np.min(effective_size(np.exp(-np.logaddexp(0.0, first)))))
     log_1, log_2 = math.log(size / (size + other.size)), math.log(other.size / (size + other.size))
     log_z = 0.0

@@ -87,6 +87,9 @@ class TiedSite:
     @cached_property
     def base(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and sd of a Gaussian base over the event shape, (E,) each; None for any other base."""
+        # Other families have a loc and a scale too, but the scale is not their sd.
+        if not str(self.record.get("base")).startswith("Normal"):
+            return None
         loc, scale = self.record.get("base_loc"), self.record.get("base_scale")
         if scale is None:
             number = r"(-?[\d.]+(?:[eE][-+]?\d+)?)"
@@ -102,10 +105,10 @@ class TiedSite:
     @property
     def known_level(self) -> np.ndarray | None:
         """The level where it is a number and no site, over the event shape (E,); else None."""
-        base = self.record.get("base")
-        if base is None or isinstance(base, str | dict):
+        known = self.record.get("base_known")
+        if known is None:
             return None
-        return np.broadcast_to(np.asarray(base, dtype=float), self.event_shape).reshape(-1)
+        return np.broadcast_to(np.asarray(known, dtype=float), self.event_shape).reshape(-1)
 
     @cached_property
     def parts(self) -> list[Part]:

@@ -175,6 +175,9 @@ def _by_evidence(
         "max_log_soft": peak,
         "never_soft": bool(peak <= 2 * peak_error + 1e-3),
     }
+    if out["hard_vs_soft"]["never_soft"]:
+        # What rises above it does so by less than the error.
+        out["best"] = 0.0
     out["cost_of_hard"] = {"log_bayes_factor": -factor, "error": error}
     if _beats(hard - np.array(softs), error) or (
         out["hard_vs_soft"]["never_soft"] and factor > DECIDES + 2 * error

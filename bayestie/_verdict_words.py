@@ -219,7 +219,7 @@ def _trust(record: Record) -> str:
             f"{len(bad)} of {total} swept points are not certified (the first at {where}: "
             f"{first['reason']}): do not rely on the numbers there, nor on an answer that rests on them."
         )
-    return " ".join([words, *record["caveats"]])
+    return " ".join([words, *(caveat[:1].upper() + caveat[1:] for caveat in record["caveats"])])
 
 
 def _other_keyword(answer: Record) -> str:

@@ -100,10 +100,14 @@ def test_pooling_factor_is_gelman_and_pardoes():
 def test_a_level_of_unknown_prior_counts_as_one_and_a_known_level_as_none():
     path = eight_schools_tree()
     known = path.copy()
-    known.attrs["ties"] = known.attrs["ties"].replace('"Normal(0, 5)"', "0.0")
+    known.attrs["ties"] = known.attrs["ties"].replace(
+        '"base": "Normal(0, 5)"', '"base": "0 (known)", "base_known": 0.0'
+    )
     assert (pooling(known)["theta"].p_level == 0).all()
     other = path.copy()
-    other.attrs["ties"] = other.attrs["ties"].replace("Normal(0, 5)", "StudentT(3, 0, 5)")
+    other.attrs["ties"] = other.attrs["ties"].replace(
+        "Normal(0, 5)", 'StudentT(0, 5)", "base_loc": 0.0, "base_scale": 5.0, "base_name": "StudentT'
+    )
     assert (pooling(other)["theta"].p_level == 1).all()
 
 
