@@ -77,7 +77,8 @@ def leave_out(
     The first needs both evidences certified; the second is the mean over the refit's draws. Of those
     that can be had, the one with the smaller Monte Carlo error is taken.
     """
-    strengths = torch.unique(left.strengths)  # a fit to all data at each, for its evidence
+    # A fit to all data at each strength, for its evidence.
+    strengths, owner = torch.unique(left.strengths, return_inverse=True)
     count = len(strengths) + len(left.strengths)
     full = {n: torch.zeros((len(strengths), *m.shape[1:]), dtype=torch.bool) for n, m in left.masks.items()}
     masks = {n: torch.cat([full[n], m]) for n, m in left.masks.items()}
@@ -93,7 +94,7 @@ def leave_out(
         draws, _ = work.run(program, batch)
         _keep(fits, rows, draws)
         _score(fits, rows, base, at[rows], {n: m[rows] for n, m in masks.items()}, draws)
-    return _chosen(fits, torch.searchsorted(strengths, left.strengths), len(strengths))
+    return _chosen(fits, owner, len(strengths))
 
 
 def _keep(fits: _Fits, rows: slice, draws: Draws) -> None:

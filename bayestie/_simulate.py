@@ -1,5 +1,6 @@
 """Simulation: latents from the prior or as given, then data, at many strengths at once."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,7 +197,8 @@ class Simulator:
         self, one: Callable[..., Any], lanes: Tensor, given: dict[str, Tensor], flat: list[Tensor]
     ) -> dict[str, Tensor]:
         try:
-            with _OutOfPlace():
+            with _OutOfPlace(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
                 return torch.vmap(one, randomness="different")(lanes, given, *flat)
         except BayestieError:
             raise
