@@ -382,7 +382,11 @@ class Assembly:
             }
             tril = about.get("event_scale_tril")
             if tril is not None:
-                record["event_scale_tril"] = "learned" if self._moves(use, tril) else tril.tolist()
+                record["event_scale_tril"] = (
+                    "learned" if self._learned(use, "event_scale_tril") else tril.tolist()
+                )
+            if record["sigma_from"] is None and not self._learned(use, "sigma"):
+                record["sigma"] = torch.as_tensor(about["sigma"]).tolist()
             record["sigma_elsewhere"] = self._sigma_elsewhere(use)
             records[use.name] = record
         return json.dumps(records)
@@ -391,16 +395,14 @@ class Assembly:
         names = self.dims.get(use.name) or [None]
         return names[0] or f"{use.name}_dim_0"
 
-    def _moves(self, use: TieUse, tril: Tensor) -> bool:
-        """Whether the event's correlation depends on latents: a second run at other values tells."""
-        found = []
+    def _learned(self, use: TieUse, name: str) -> bool:
+        """Whether a part of a tied statement depends on the latents: runs at two positions tell."""
+        program, found = self.program, []
         for shift in (0.1, 0.4):
-            position = torch.full((self.program.num_latent,), shift, dtype=self.program.dtype)
-            with self.program.quiet():
-                inputs = self.program.point_inputs(torch.tensor([0]))
-                one = inputs.unflatten([x[0] for x in inputs.flat()])
-                lane = self.program.run_lane(position, one)
-            found.append(lane.messages[use.name]["infer"]["bayestie"]["event_scale_tril"])
+            position = torch.full((program.num_latent,), shift, dtype=program.dtype, device=program.device)
+            with torch.no_grad(), program.quiet():
+                lane = program.run_lane(position, program.point(0))
+            found.append(torch.as_tensor(lane.messages[use.name]["infer"]["bayestie"][name]))
         return not torch.equal(*found)
 
     def _sigma_elsewhere(self, use: TieUse) -> bool:
