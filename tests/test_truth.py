@@ -386,7 +386,8 @@ def test_dyestuff2_has_its_maximum_at_hard_sharing():
 def test_dyestuff2_is_never_told_to_share_softly(noise):
     given = {"noise_sd": 3.65} if noise == "known" else {}
     path = bt.sweep(
-        dyestuff.dyestuff, **dyestuff.data("Dyestuff2"), **given, over={"sigma": bt.strengths(0.1, 20.0, 12, hard=True)},
+        dyestuff.dyestuff, **dyestuff.data("Dyestuff2"), **given,
+        over={"sigma": bt.strengths(0.1, 20.0, 12, hard=True)},
         seed=9, num_draws=100, target_ess=100,
     )  # fmt: skip
     for prior in (None, dist.HalfCauchy(1.0), dist.HalfNormal(5.0), dist.Exponential(0.1)):
