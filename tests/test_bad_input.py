@@ -14,7 +14,6 @@ from zoo import GROUP, MASK, X, Y, normal_mean
 import bayestie as bt
 from bayestie import _errors as errors
 
-
 call: Any = bt  # mistakes of type are made on purpose
 
 
