@@ -385,7 +385,7 @@ class Assembly:
                 record["event_scale_tril"] = (
                     "learned" if self._learned(use, "event_scale_tril") else tril.tolist()
                 )
-            if record["sigma_from"] is None and not self._learned(use, "sigma"):
+            if not self.swept and not self._learned(use, "sigma"):
                 record["sigma"] = torch.as_tensor(about["sigma"]).tolist()
             record["sigma_elsewhere"] = self._sigma_elsewhere(use)
             records[use.name] = record

@@ -1,4 +1,6 @@
-"""R-hat and effective sample size of many quantities at once (Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021).
+"""R-hat and effective sample size of many quantities at once.
+
+Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), Rank-normalization, folding, and localization.
 
 arviz-stats holds the reference for one quantity at a time; a sweep asks for thousands between rounds, so
 the same formulas run here batched, and tests hold the two together.
@@ -20,7 +22,10 @@ def split_rhat(draws: Tensor) -> Tensor:
 
 
 def effective_sample_size(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Bulk and tail (smaller of the 5% and 95% quantiles') effective sample size: (chains, draws, Q) -> (Q,) each."""
+    """Bulk and tail effective sample size, the tail's of the worse of the 5% and 95% quantiles.
+
+    (chains, draws, Q) -> (Q,) each.
+    """
     split = _split(draws)
     bulk = _ess(_normal_scores(split))
     flat = draws.flatten(0, 1)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayestie._affine import build_density
 from bayestie._assemble import Assembly
 from bayestie._collect import TieUse, quantities, tie_uses
-from bayestie._density import ProgramDensity, build_density
+from bayestie._density import ProgramDensity
 from bayestie._engines import Draws, Task
 from bayestie._errors import KeywordError, NameLookupError
 from bayestie._program import LaneProgram, argument_names

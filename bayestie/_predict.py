@@ -58,7 +58,7 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
 
 
 def pointwise(path: xr.DataTree, reff: float | None = None) -> xr.Dataset:
-    """PSIS-LOO of every observation at every strength: elpd_i, mcse_i, p_loo_i, pareto_k (*swept, observation)."""
+    """PSIS-LOO of every observation and strength: elpd_i, mcse_i, p_loo_i, pareto_k (*swept, observation)."""
     names = swept_names(path)
     rows = _pointwise_draws(path, names)
     lead = [len(path["sweep"].coords[name]) for name in names]

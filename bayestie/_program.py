@@ -354,7 +354,14 @@ class _FirstRun(Messenger):
         if _is_subsample(msg):
             return
         self.messages[msg["name"]] = msg
-        if msg["is_observed"] and not _is_deterministic(msg) and isinstance(msg["value"], Tensor):
+        if msg["is_observed"] and not _is_deterministic(msg):
+            if not isinstance(msg["value"], Tensor):
+                raise DataError(
+                    f"observed site '{msg['name']}'",
+                    found=f"a {type(msg['value']).__name__}",
+                    expected="a tensor",
+                    fix="Pass torch.as_tensor(...) of it; of a pandas column, of its .to_numpy().",
+                )
             fill = _observed_value(msg)
             if fill is not None:
                 self.fills[msg["name"]] = fill

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import xarray as xr
 
+from bayestie._affine import build_density
 from bayestie._assemble import Assembly
 from bayestie._collect import quantities
-from bayestie._density import build_density
 from bayestie._engines import (
     Draws,
     Interrupted,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from zoo import COUNTS, GROUP, ZOO, X, Y, numbers, tied_copies, tied_level
 
-from bayestie._density import AffineDensity, Density, ProgramDensity, _Map, build_density
+from bayestie._affine import AffineDensity, _Map, build_density
+from bayestie._density import Density, ProgramDensity
 from bayestie._program import LaneProgram
 
 POINT = torch.tensor([0])

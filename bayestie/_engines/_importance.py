@@ -15,7 +15,6 @@ from torch import Tensor
 from bayestie._engines._protocol import Draws, Task
 from bayestie._psis import good_k, psis
 
-
 NEARLY_CONSTANT = 0.1  # range of log weights under which all draws weigh alike
 
 

@@ -1,4 +1,4 @@
-"""Laplace: a Gaussian at the mode, corrected axis by axis where it is not the posterior; i.i.d. weighted draws."""
+"""Laplace: a Gaussian at the mode, corrected axis by axis where it is not the posterior; weighted draws."""
 
 import time
 from dataclasses import dataclass
