@@ -248,6 +248,11 @@ CASES = {
         errors.DataError,
         ["argument 'x'", "NaN or infinite of 36", "finite"],
     ),
+    "data that are no tensor": (
+        lambda: bt.fit(normal_mean, Y.tolist()),
+        errors.DataError,
+        ["observed site 'y'", "a list", "a tensor", "torch.as_tensor", ".to_numpy()"],
+    ),
     "data outside the support": (
         lambda: bt.fit(counts, Y),
         errors.DataError,
