@@ -265,7 +265,8 @@ class Averager:
     @staticmethod
     def build(values: NDArray, prior: StrengthPrior) -> "Averager":
         nodes = Nodes.build(values, prior)
-        log_weight = np.log(nodes.weight) + prior.log_density(nodes.sigma)
+        with np.errstate(divide="ignore"):  # a node on the edge of a prior's support weighs nothing
+            log_weight = np.log(nodes.weight) + prior.log_density(nodes.sigma)
         # Priors reach beyond the last node by a mass of 1e-12 or so; what is left is normalised.
         return Averager(nodes, log_weight - np.logaddexp.reduce(log_weight), prior.point_mass)
 

@@ -7,9 +7,6 @@ from bayestie._copies import copies, levels, own_level, prior_variance, unflatte
 from bayestie._draws import mean_error, variance_error
 from bayestie._path import SAMPLE, TiedSite, along_strength, require, swept_values, tied_sites
 from bayestie._results import swept_names
-from bayestie._tension import tension
-
-__all__ = ["pooling", "tension"]
 
 
 def pooling(path: xr.DataTree) -> xr.DataTree:

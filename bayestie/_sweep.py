@@ -306,7 +306,13 @@ def _run(
             save(finished, out)
         raise
     task.progress({"stage": "collecting", "strengths_total": len(grid), "certified": sum(draws.certified)})
-    tree = assembly.tree(draws, gaussian, begin)
+    try:
+        tree = assembly.tree(draws, gaussian, begin)
+    except KeyboardInterrupt:
+        if out is not None:  # the draws are there: labelling them alone takes a moment
+            assembly.keep = ("posterior", "log_prior")
+            save(assembly.tree(draws, gaussian, begin), out)
+        raise
     if out is not None:
         save(tree, out)
     return tree

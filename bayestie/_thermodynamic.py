@@ -86,6 +86,8 @@ def rule(values: NDArray) -> Rule:
     order = np.argsort(values)
     ordered = values[order]
     positive = np.flatnonzero((ordered > 0) & np.isfinite(ordered))
+    if len(positive) == 0:  # an interrupted sweep may hold the hard end alone: there is nothing to integrate
+        return Rule(order, np.zeros((len(values),) * 2), np.zeros((len(values),) * 2))
     full = _weights(ordered, positive)
     thinned = positive[::2] if len(positive) % 2 else np.append(positive[:-1:2], positive[-1])
     coarse = _weights(ordered, thinned) if len(positive) > 2 else 0.5 * full
@@ -95,8 +97,6 @@ def rule(values: NDArray) -> Rule:
 def _weights(ordered: NDArray, nodes: NDArray) -> NDArray:
     n = len(ordered)
     weights = np.zeros((n, n))
-    if len(nodes) == 0:
-        return weights
     x = np.log(ordered[nodes])
     at = np.isfinite(ordered) & (ordered > 0)
     if len(nodes) > 1:

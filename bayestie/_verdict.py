@@ -17,11 +17,11 @@ from bayestie._errors import CoverageError, NameLookupError
 from bayestie._evidence import evidence
 from bayestie._marginal import curve_along
 from bayestie._path import holds, sites_along, sweep_value, swept_values, tied_sites
-from bayestie._pooling import tension
 from bayestie._predict import compare, difference
 from bayestie._results import select, swept_names
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._strength_prior import describe
+from bayestie._tension import tension
 
 # Odds below which evidence is not worth a mention (Jeffreys; Kass and Raftery 1995).
 DECIDES = math.log(3.0)
@@ -108,6 +108,13 @@ def _answer(path: xr.DataTree, name: str, prior: Any, compared: xr.Dataset | Non
     record["prediction"] = _prediction(path, name, compared, best)
     if not sites:
         record["best_by_evidence"] = _best_value(path, name)
+        return record
+    values = swept_values(path, name)
+    if not bool(((values > 0) & np.isfinite(values)).any()):
+        record["recommendation"] = "cannot tell"
+        record["caveats"].append(
+            f"The sweep holds no strength between 0 and inf, only {name} = {', '.join(f'{v:g}' for v in values)}."
+        )
         return record
     priors = _priors(path, name, prior)
     record["prior"] = describe(priors[name])

@@ -8,8 +8,8 @@ from gaussian_sweeps import Tied, gaussian_tree
 from scipy import stats
 from synthetic import EFFECT, STDERR, eight_schools_tree, fit_tree, normal_means_tree
 
-from bayestie._pooling import tension
 from bayestie._results import select
+from bayestie._tension import tension
 from bayestie._ties import Tie
 
 CASES = [

@@ -120,6 +120,7 @@ class _Lanes:
                     step.update(statistics[:, 2].reshape(shape), kept.reshape(shape))
                 count = count + kept.long()
                 state.start(ended, normals[t], uniforms[t], self._steps(step))
+            self._report(count, num_draws, adapt)
             if bool((count >= num_draws).all()):
                 break
         self.z, self.value, self.grad = state.last[:, 0], state.last_value[:, 0], state.last[:, 1]
@@ -127,6 +128,15 @@ class _Lanes:
         return _Round(
             out_z[:, :num_draws].reshape(*shape, num_draws, dim),
             dict(zip(STATISTICS, kept_stats, strict=True)),
+        )
+
+    def _report(self, count: Tensor, num_draws: int, adapt: bool) -> None:
+        self.task.progress(
+            {
+                "stage": "nuts warmup" if adapt else "nuts",
+                "draws_done": int(count.sum()),
+                "draws_total": len(count) * num_draws,
+            }
         )
 
     def _steps(self, step: _StepSize) -> Tensor:
@@ -315,9 +325,7 @@ class _Sampler:
 
     def warm_up(self) -> None:
         """Step size on the Laplace metric, then a diagonal correction of it pooled over chains."""
-        num = len(self.points) * self.task.num_chains
-        self.task.progress({"stage": "nuts warmup", "draws_done": 0, "draws_total": num * FIRST_WARMUP})
-        # Dual averaging begins by trying tiny steps; shallow trees keep that cheap.
+        # The first steps may be far too small; shallow trees keep them cheap.
         self._run(self._lanes(), FIRST_WARMUP, adapt=True, max_depth=5)
         windows = [METRIC_WARMUP] if bool(self.fit.converged.all()) else [METRIC_WARMUP, 2 * METRIC_WARMUP]
         for window in windows:
@@ -375,7 +383,6 @@ class _Sampler:
                 "stage": "nuts",
                 "strengths_done": task.num_points - len(still),
                 "strengths_total": task.num_points,
-                "draws_done": sum(x.shape[0] * x.shape[1] for k in self.kept for x in k),
                 "min_ess": min(min(q[1], q[2]) for q in self.quality),
                 "message": f"{count - len(still)} of {count} strengths mixed",
             }
