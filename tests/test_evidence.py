@@ -264,7 +264,9 @@ def _bridge_tree(make, seed, with_laplace_draws):
 
 
 @pytest.mark.parametrize(
-    ("make", "with_laplace_draws"), [(_skewed, True), (_heavy, True), (_heavy, False)], ids=["skewed-pool", "heavy-pool", "heavy"]
+    ("make", "with_laplace_draws"),
+    [(_skewed, True), (_heavy, True), (_heavy, False)],
+    ids=["skewed-pool", "heavy-pool", "heavy"],
 )
 def test_bridge_with_honest_errors(make, with_laplace_draws):
     z = []
