@@ -1,6 +1,7 @@
 """Risk along sigma against the closed form, and the crossing of hard sharing and none (claim C2)."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -15,16 +16,20 @@ from bayestie._risk import posterior_means
 
 STEPS, NOISE, NUM = 8, 1.2, 4  # T steps, n observations each of sd e
 WIDE = 50.0
+EXCHANGEABLE, CHAIN = bt.Tie.exchangeable(STEPS), bt.Tie.chain(STEPS)
 
 
-def series(y, *, sigma, tie=bt.Tie.exchangeable(STEPS), noise=NOISE):
+def series(y, *, sigma, tie=EXCHANGEABLE, noise=NOISE):
     theta = bt.tied("theta", tie, sigma, dist.Normal(0.0, WIDE))
     with pyro.plate("step", STEPS), pyro.plate("repeat", NUM):
         pyro.sample("y", dist.Normal(theta, noise), obs=y)
 
 
 DATA = torch.zeros(NUM, STEPS)
-FEW = {"num_draws": 5, "target_ess": 5}  # means of Gaussian posteriors are exact without any draw
+FEW: dict[str, Any] = {
+    "num_draws": 5,
+    "target_ess": 5,
+}  # means of Gaussian posteriors are exact without any draw
 
 
 def _truth(spread):
@@ -42,7 +47,7 @@ def _closed_form(tie, sigma, truth):
     return ((gain - np.eye(STEPS)) @ truth.numpy()) ** 2, (gain @ noise @ gain.T).diagonal()
 
 
-@pytest.mark.parametrize("tie", [bt.Tie.exchangeable(STEPS), bt.Tie.chain(STEPS)], ids=["exchangeable", "chain"])
+@pytest.mark.parametrize("tie", [EXCHANGEABLE, CHAIN], ids=["exchangeable", "chain"])
 def test_bias_and_variance_are_the_closed_form(tie):
     truth, strengths = _truth(0.6), [0.0, 0.2, 0.6, 2.0, 100.0]
     found = bt.risk(series, truth, DATA, over={"sigma": strengths}, num_data=400, tie=tie, **FEW)
@@ -74,8 +79,10 @@ def test_hard_sharing_wins_iff_the_spread_is_below_the_noise(ratio):
         series, truth, DATA, over={"sigma": [0.0, 0.2, 0.4, 0.6, 0.8, 1e4]}, num_data=400, seed=1, **FEW
     )
     hard, free = found.isel(sigma=0), found.isel(sigma=-1)
-    exact = {s: sum(x.mean() for x in _closed_form(bt.Tie.exchangeable(STEPS), s, truth)) for s in (0.0, 1e4)}
-    assert exact[0.0] - exact[1e4] == pytest.approx((STEPS - 1) / STEPS * (ratio - 1) * NOISE**2 / NUM, rel=1e-3)
+    exact = {s: sum(x.mean() for x in _closed_form(EXCHANGEABLE, s, truth)) for s in (0.0, 1e4)}
+    assert exact[0.0] - exact[1e4] == pytest.approx(
+        (STEPS - 1) / STEPS * (ratio - 1) * NOISE**2 / NUM, rel=1e-3
+    )
     gap = float(hard.risk - free.risk)
     assert math.copysign(1.0, gap) == math.copysign(1.0, ratio - 1)
     assert abs(gap) > 4 * max(float(hard.risk_difference_error), float(free.risk_difference_error))
@@ -87,14 +94,12 @@ def test_hard_sharing_wins_iff_the_spread_is_below_the_noise(ratio):
 def test_errors_are_honest_and_noise_of_the_means_is_taken_off():
     # Draws instead of exact means: fewer draws must not raise variance and risk beyond their errors.
     truth = _truth(0.6)
-    bias, variance = _closed_form(bt.Tie.exchangeable(STEPS), 0.6, truth)
+    bias, variance = _closed_form(EXCHANGEABLE, 0.6, truth)
     scores = []
     for seed in range(20):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bayestie._risk.posterior_means", _by_draws)
-            found = bt.risk(
-                series, truth, DATA, over={"sigma": [0.6]}, num_data=40, seed=seed, **FEW
-            )
+            found = bt.risk(series, truth, DATA, over={"sigma": [0.6]}, num_data=40, seed=seed, **FEW)
         for name, exact in (("bias_squared", bias.mean()), ("risk", (bias + variance).mean())):
             scores.append(float((found[name][0] - exact) / found[f"{name}_error"][0]))
     scores = np.reshape(scores, (20, 2))

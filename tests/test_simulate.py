@@ -46,13 +46,15 @@ def test_prior_draws_have_the_prior_s_covariance(name):
 
     drawn = bt.prior_predictive(model, torch.zeros(tie.num_copies), over={"sigma": [0.0, 0.8]}, num_draws=num)
     noise = 0.49 * np.eye(tie.num_copies)
+    observed = drawn["prior_predictive"].to_dataset()
+    prior = drawn["prior"].to_dataset()
     for index, sigma in enumerate((1e-9, 0.8)):
         exact = dense_covariance(tie, sigma, 1.3, "level").numpy()
-        for group, variable, expected in (
-            ("prior", "theta", exact),
-            ("prior_predictive", "y", exact + noise),
+        for array, expected in (
+            (prior["theta"], exact),
+            (observed["y"], exact + noise),
         ):
-            draws = drawn[group][variable].values[index, 0]
+            draws = array.values[index, 0]
             found = np.atleast_2d(np.cov(draws.T))
             assert np.abs(found - expected).max() < 5.5 * _covariance_error(expected, num).max()
             assert np.abs(draws.mean(0) - 0.5).max() < 5 * math.sqrt(expected.max() / num)
@@ -120,7 +122,7 @@ def test_a_factor_and_an_improper_prior_cannot_be_run_forward():
         with pyro.plate("row", 2):
             pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
-    with pytest.raises(ModelError, match="site 'tilt': found a pyro.factor"):
+    with pytest.raises(ModelError, match=r"site 'tilt': found a pyro\.factor"):
         bt.prior_predictive(factor, torch.zeros(2))
     with pytest.raises(ModelError):
         bt.prior_predictive(improper, torch.zeros(2))
@@ -184,7 +186,9 @@ def test_what_does_not_fit_the_path_is_named(path):
 
     def other(x, y, *, sigma):
         with pyro.plate("row", len(x)):
-            pyro.sample("y", dist.Normal(pyro.sample("slope", dist.Normal(0.0, 1.0).expand([1])), sigma), obs=y)
+            pyro.sample(
+                "y", dist.Normal(pyro.sample("slope", dist.Normal(0.0, 1.0).expand([1])), sigma), obs=y
+            )
 
     def longer(x, y, *, sigma):
         bt.tied("beta", bt.Tie.chain(5), sigma, dist.Normal(0.0, 2.0))
@@ -199,7 +203,7 @@ def test_what_does_not_fit_the_path_is_named(path):
         bt.posterior_predictive(tree, _regression, x[:, :2], y, num_draws=2)
 
 
-# -- which argument holds the data -----------------------------------------------------------------------------
+# -- which argument holds the data ---------------------------------------------------------------------------
 
 
 def _observing(transform):
