@@ -84,7 +84,7 @@ def assert_same(one, other):
 
 @dataclass(frozen=True)
 class Exact:
-    """A Laplace fit, for Gaussian posteriors the posterior itself: nothing here is drawn."""
+    """A model's task and Laplace fit, for Gaussian posteriors the posterior itself: nothing here is drawn."""
 
     program: LaneProgram
     task: Task
@@ -115,6 +115,12 @@ class Exact:
         return dataclasses.replace(
             self.task, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess, options=options
         )
+
+    def sites(self, position, names):
+        """Sites at positions of the first point (1, chains, draws, D), as columns (chains, draws, number)."""
+        keys = [f"posterior/{name}" for name in names]
+        found = collect(self.program, self.task.points[:1], position[:1], lambda key: key in keys)
+        return np.concatenate([found[key][0].reshape(*position.shape[1:3], -1) for key in keys], -1)
 
     def moments(self, site):
         """Mean (P, n) and covariance (P, n, n) of a site that is affine in the latents."""
