@@ -112,9 +112,8 @@ def _answer(path: xr.DataTree, name: str, prior: Any, compared: xr.Dataset | Non
     values = swept_values(path, name)
     if not bool(((values > 0) & np.isfinite(values)).any()):
         record["recommendation"] = "cannot tell"
-        record["caveats"].append(
-            f"The sweep holds no strength between 0 and inf, only {name} = {', '.join(f'{v:g}' for v in values)}."
-        )
+        held = ", ".join(f"{value:g}" for value in values)
+        record["caveats"].append(f"The sweep holds no strength between 0 and inf, only {name} = {held}.")
         return record
     priors = _priors(path, name, prior)
     record["prior"] = describe(priors[name])
