@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Sample:
         return (self.draws <= value).mean((0, 1)), self._error((self.draws <= value).astype(float))
 
 
-def scores(found, expected, expected_error=0.0):
+def scores(found, expected, expected_error: Any = 0.0):
     """(value, error) against an expectation, in joint standard errors."""
     value, error = found
     return (value - np.asarray(expected)) / np.hypot(error, expected_error)

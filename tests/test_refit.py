@@ -155,7 +155,7 @@ def test_eight_schools_by_brute_force_with_pyro_s_nuts():
         for copy in copies:
             rest = [k for k in range(8) if k != copy]
             one = bt.fit(
-                eight_schools, effect[rest], stderr[rest], sigma=sigma, engine="pyro_nuts", num_chains=2
+                eight_schools, effect[rest], stderr[rest], sigma=sigma, engine="pyro_nuts", num_chains=1
             )
             level = one.posterior["theta_level"].values.ravel()
             theta = level + sigma * generator.normal(size=level.size)

@@ -5,6 +5,7 @@ it is Monte Carlo too: 4 of them, or Bonferroni's number where more than 16 are 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -23,7 +24,7 @@ STRENGTHS = [0.0, 0.1, 1.0, 5.0, 30.0]
 LEVEL_SDS = [5.0, 1000.0]
 
 
-def arguments(module, *args):
+def arguments(module, *args) -> dict[str, Any]:
     return {k: v for k, v in module.data(*args).items() if k not in ("coords", "dims")}
 
 
@@ -68,7 +69,7 @@ def test_gaussian_posterior_is_found_without_noise(level_sd):
 
 @pytest.mark.parametrize("engine", ["laplace", "auto", "svi", pytest.param("nuts", marks=pytest.mark.slow)])
 def test_eight_schools_at_given_strengths(engine):
-    guide = {"guide": "full_rank"} if engine == "svi" else {}
+    guide: dict[str, Any] = {"guide": "full_rank"} if engine == "svi" else {}
     path = bt.sweep(
         eight_schools.eight_schools, **SCHOOLS, over={"sigma": STRENGTHS, "level_sd": LEVEL_SDS},
         engine=engine, seed=11, num_chains=8, num_draws=125, **guide,
@@ -241,8 +242,8 @@ def test_averaged_sweep_gives_the_published_posterior():
     )
     averaged = bt.average(path, dist.HalfCauchy(5.0), seed=6)
     found = Sample.of(averaged, ["theta", "theta_level", "sigma"])
-    assert float(averaged["average"]["khat"]) < 0.7
-    assert_is_posteriordb(Sample(found.draws, float(averaged["average"]["ess"])))
+    assert averaged["average"]["khat"].item() < 0.7
+    assert_is_posteriordb(Sample(found.draws, averaged["average"]["ess"].item()))
     assert float(bt.strength_posterior(path, dist.HalfCauchy(5.0))["mean"]) == pytest.approx(
         reference.SCHOOLS_QUADRATURE["tau_mean"], abs=2e-3
     )
@@ -266,8 +267,8 @@ def test_nile_is_the_kalman_smoother():
             np.stack([scores(found.mean, reference.NILE_MEAN), scores(found.sd, reference.NILE_SD)])
         )
         # The diffuse likelihood is the limit of the evidence times the level's prior sd.
-        assert bool(path["sweep"]["exact"].all())
-        diffuse = float(path["sweep"]["log_evidence"].item()) + math.log(wide)
+        assert path["sweep"]["exact"].item()
+        diffuse = path["sweep"]["log_evidence"].item() + math.log(wide)
         assert diffuse == pytest.approx(reference.NILE_DIFFUSE_LOG_LIKELIHOOD, abs=1e-4)
 
 
@@ -349,8 +350,8 @@ def dyestuff_log_evidence(name, *, sigma, noise_sd, level_sd=0.0):
     kwargs = arguments(dyestuff, name)
     kwargs |= {"level_mean": float(kwargs["grams"].mean()), "level_sd": level_sd, "noise_sd": noise_sd}
     fit = bt.fit(dyestuff.dyestuff, **kwargs, sigma=sigma, engine="laplace", num_draws=10, target_ess=10)
-    assert bool(fit["sweep"]["exact"])
-    return float(fit["sweep"]["log_evidence"])
+    assert fit["sweep"]["exact"].item()
+    return fit["sweep"]["log_evidence"].item()
 
 
 def test_deviances_of_dyestuff():
@@ -390,7 +391,7 @@ def test_dyestuff2_has_its_maximum_at_hard_sharing():
 
 @pytest.mark.parametrize("noise", ["known", pytest.param("learned", marks=pytest.mark.slow)])
 def test_dyestuff2_is_never_told_to_share_softly(noise):
-    given = {"noise_sd": 3.65} if noise == "known" else {}
+    given: dict[str, Any] = {"noise_sd": 3.65} if noise == "known" else {}
     path = bt.sweep(
         dyestuff.dyestuff, **dyestuff.data("Dyestuff2"), **given,
         over={"sigma": bt.strengths(0.1, 20.0, 12, hard=True)},
