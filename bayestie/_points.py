@@ -15,7 +15,7 @@ from bayestie._assemble import Assembly
 from bayestie._collect import TieUse, quantities, tie_uses
 from bayestie._density import ProgramDensity
 from bayestie._engines import Draws, Task
-from bayestie._errors import KeywordError, NameLookupError
+from bayestie._errors import KeywordError, NameLookupError, OptionError
 from bayestie._program import LaneProgram, argument_names
 from bayestie._sweep import check_options, checked_over, run_engine
 
@@ -84,6 +84,13 @@ class Work:
 
     def __post_init__(self) -> None:
         check_options(self.engine, self.num_chains, self.num_draws, self.target_ess, None)
+        if self.engine.startswith("pyro_"):
+            raise OptionError(
+                "engine",
+                found=f"{self.engine!r}, which fits one data set in which every observation counts",
+                expected="'auto', 'laplace', 'nuts' or 'svi'",
+                fix="As a reference, call fit with it on each data set.",
+            )
 
     def run(self, program: LaneProgram, batch: int = 0) -> tuple[Draws, Tensor | None]:
         """Draws at all points of a program by one call of the engine, and the modes (P, D) if it found them.

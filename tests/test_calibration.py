@@ -45,8 +45,9 @@ def _smallest(found):
     return float(found.p_value.min()) * found.p_value.size / LEVEL
 
 
+@pytest.mark.parametrize("engine", ["laplace", "svi"])
 @pytest.mark.parametrize("form", FORMS)
-def test_laplace_is_calibrated_for_every_tie(form):
+def test_exact_engines_are_calibrated_for_every_tie(form, engine):
     model, y = _together(FORMS[form], form)
     found = bt.calibrate(
         model,
