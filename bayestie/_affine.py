@@ -5,9 +5,8 @@ a gradient is two matrix products and an elementwise function, and curvature is 
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import scipy.linalg
@@ -15,56 +14,67 @@ import torch
 from torch import Tensor
 
 from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes, triangular_axes
-from bayestie._families import Family, NotAffine, find_families, predictors_of
+from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
+from bayestie._linear_map import LinearMap
 from bayestie._program import LaneInputs, LaneProgram
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
 MAX_AFFINE = 60_000_000
+_REMEMBERED = 64  # selections of points
+# Predictors worked on at once on a CPU: what its cache holds. A GPU takes MAX_ELEMENTS.
+_CACHED_ELEMENTS = 1 << 19
+_NARROWEST = 16  # draws worked on at once, at least
 
 
-class _Map:
-    """eta = A u + b for the points at hand, sparse where most of A is zero (indices, one-hot designs)."""
+@dataclass(frozen=True)
+class Quadratic:
+    """constant + d (slope + curvature d / 2) with d = u - centre, at every point."""
 
-    def __init__(self, matrix: Tensor, offset: Tensor):
-        self.offset = offset  # (P, M)
-        self.shape = matrix.shape  # (P, M, D)
-        density = float((matrix != 0).sum()) / max(1, matrix.numel())
-        self.dense = matrix if density > 0.2 or matrix.numel() < 100_000 else None
-        if self.dense is None:
-            # One block-diagonal matrix over the points: one product serves all of them.
-            point, row, column = torch.nonzero(matrix, as_tuple=True)
-            num_points, rows, columns = matrix.shape
-            values = matrix[point, row, column]
-            left, right = point * rows + row, point * columns + column
-            self.sparse = _csr(left, right, values, (num_points * rows, num_points * columns))
-            self.transposed = _csr(right, left, values, (num_points * columns, num_points * rows))
+    centre: Tensor  # (P, D)
+    constant: Tensor  # (P,)
+    slope: Tensor  # (P, D)
+    curvature: Tensor  # (P, D, D)
 
-    def forward(self, position: Tensor) -> Tensor:
-        """(P, batch, D) -> (P, batch, M)."""
-        if self.dense is not None:
-            return torch.baddbmm(self.offset.unsqueeze(1), position, self.dense.mT)
-        return self._product(self.sparse, position) + self.offset.unsqueeze(1)
+    def take(self, points: Tensor) -> "Quadratic":
+        return Quadratic(*(x[points] for x in (self.centre, self.constant, self.slope, self.curvature)))
 
-    def backward(self, slope: Tensor) -> Tensor:
-        """(P, batch, M) -> (P, batch, D), the transposed map."""
-        return (
-            torch.bmm(slope, self.dense) if self.dense is not None else self._product(self.transposed, slope)
-        )
-
-    @staticmethod
-    def _product(matrix: Tensor, x: Tensor) -> Tensor:
-        num_points, batch, _ = x.shape
-        columns = x.mT.reshape(-1, batch)
-        return (matrix @ columns).reshape(num_points, -1, batch).mT.contiguous()
+    def value_and_grad(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Value (P, batch) and gradient (P, batch, D) at positions (P, batch, D)."""
+        step = position - self.centre.unsqueeze(1)
+        half = 0.5 * torch.bmm(step, self.curvature)
+        slope = self.slope.unsqueeze(1) + half
+        return self.constant.unsqueeze(1) + (step * slope).sum(-1), slope + half
 
 
-def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    order = torch.argsort(row * shape[1] + column)
-    starts = torch.zeros(shape[0] + 1, dtype=torch.long, device=row.device)
-    starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-        return torch.sparse_csr_tensor(starts, column[order], values[order], shape)
+@dataclass(frozen=True)
+class _Part:
+    """One likelihood site's share of the predictors, at some points."""
+
+    rows: slice
+    family: Family
+    constants: dict[str, Tensor]
+    natural: Natural | None
+    weight: Tensor | None  # of the natural form, (P or 1, M, 1)
+
+    def predictors(self, eta: Tensor) -> list[Tensor]:
+        return list(eta[:, self.rows].split(self.family.size, 1))
+
+    def value(self, eta: Tensor) -> Tensor:
+        """(P, M, batch) -> (P, batch), without the natural form's linear part."""
+        if self.natural is None:
+            return self.family.log_density(self.constants, self.predictors(eta)).sum(1)
+        size = self.natural.cumulant.value(eta[:, self.rows])
+        return -(size if self.weight is None else size.mul_(self.weight)).sum(1)
+
+    def slope(self, eta: Tensor) -> Tensor:
+        """Derivative of `value` by the predictors, (P, rows, batch)."""
+        if self.natural is None:
+            with torch.enable_grad():
+                own = eta[:, self.rows].detach().requires_grad_(True)
+                total = self.family.log_density(self.constants, list(own.split(self.family.size, 1))).sum()
+                return torch.autograd.grad(total, own)[0]
+        slope = self.natural.cumulant.slope(eta[:, self.rows])
+        return -slope if self.weight is None else -slope * self.weight
 
 
 @dataclass(frozen=True)
@@ -72,16 +82,19 @@ class _Selection:
     """An affine density's parts at some points."""
 
     points: Tensor
-    map: _Map
-    constants: list[dict[str, Tensor]]  # per family
-    quadratic: tuple[Tensor, ...] | None
+    map: LinearMap
+    parts: list[_Part]
+    linear: Tensor  # (P, D): of the natural forms, target A
+    constant: Tensor  # (P,)
+    quadratic: Quadratic | None
 
 
 class AffineDensity:
     """The density of a model whose likelihood depends on the latents through eta = A u + b alone.
 
     The rest of the log joint (priors, Jacobians, factors) is a quadratic in u where it is one
-    (Gaussian priors), else the lane program with the likelihood left out.
+    (Gaussian priors), else the lane program with the likelihood left out. Gaussian likelihoods of known
+    scale join the quadratic.
     """
 
     route = "affine"
@@ -94,103 +107,192 @@ class AffineDensity:
         offset: Tensor,
         rest: Callable[..., Any],
         rest_hessian: Callable[..., Tensor],
-        quadratic: tuple[Tensor, Tensor, Tensor] | None,
+        quadratic: Quadratic | None,
     ):
         self.program, self.num_latent = program, program.num_latent
-        self.families, self.matrix, self.offset = families, matrix, offset  # (S, M, D), (S, M)
+        self.families, self.matrix, self.offset = list(families), matrix, offset  # (S, M, D), (S, M)
+        self.naturals = [family.natural() for family in families]
         self._rest, self._rest_hessian, self.quadratic = rest, rest_hessian, quadratic
-        self.max_batch = max(1, MAX_ELEMENTS // max(1, matrix.shape[1]))
-        self._selected: _Selection | None = None
+        self._selections: list[_Selection] = []
+        if quadratic is not None:
+            self._absorb(quadratic)
+        self.elements = MAX_ELEMENTS if program.device.type == "cuda" else _CACHED_ELEMENTS
 
-    def _split(self, eta: Tensor) -> list[list[Tensor]]:
+    def _absorb(self, quadratic: Quadratic) -> None:
+        """Gaussian likelihoods into the quadratic, written about its own top where it is all there is."""
+        points = torch.arange(self.program.num_points, device=self.matrix.device)
+        rows = torch.ones(self.matrix.shape[1], dtype=torch.bool, device=self.matrix.device)
+        moving = [(part, natural) for part, natural in zip(self._parts(points), self.naturals, strict=True)]
+        absorbed = [(part, n) for part, n in moving if n is not None and n.is_gaussian]
+        if not absorbed:
+            return
+        curvature, slope = quadratic.curvature, quadratic.slope
+        for part, natural in absorbed:
+            rows[part.rows] = False
+            matrix, offset = self.matrix[:, part.rows], self.offset[:, part.rows].unsqueeze(-1)
+            weight = torch.ones_like(offset[:1]) if part.weight is None else part.weight
+            pull = (natural.target.unsqueeze(-1) - weight * offset).expand(len(matrix), -1, 1)
+            slope = slope + torch.bmm(matrix.mT, pull).squeeze(-1)
+            curvature = curvature - torch.bmm((matrix * weight).mT, matrix)
+        kept = [i for i, (_, n) in enumerate(moving) if n is None or not n.is_gaussian]
+        centre = quadratic.centre
+        if not kept:
+            factor, info = torch.linalg.cholesky_ex(-curvature)
+            top = centre + torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+            usable = (info == 0) & torch.isfinite(top).all(-1)
+            centre = torch.where(usable.unsqueeze(-1), top, centre)
+        # Value and slope at the centre from the sites themselves: sums of squared residuals, which keep the
+        # digits that expanding the square about the origin would lose.
+        constant, slope = (x.squeeze(1) for x in self._rest(points, centre.unsqueeze(1)))
+        eta = torch.baddbmm(self.offset.unsqueeze(-1), self.matrix, centre.unsqueeze(-1))
+        for part, _ in absorbed:
+            plain = replace(part, natural=None)
+            constant = constant + plain.value(eta).squeeze(-1)
+            slope = slope + torch.bmm(self.matrix[:, part.rows].mT, plain.slope(eta)).squeeze(-1)
+        self.quadratic = Quadratic(centre, constant, slope, curvature)
+        self.matrix, self.offset = self.matrix[:, rows], self.offset[:, rows]
+        self.families = [self.families[i] for i in kept]
+        self.naturals = [self.naturals[i] for i in kept]
+
+    def _parts(self, points: Tensor) -> list[_Part]:
         parts, start = [], 0
-        for family in self.families:
-            size = family.shape.numel()
-            parts.append(
-                [
-                    eta[..., start + i * size : start + (i + 1) * size].reshape(
-                        *eta.shape[:-1], *family.shape
-                    )
-                    for i in range(len(family.names))
-                ]
-            )
-            start += size * len(family.names)
+        for family, natural in zip(self.families, self.naturals, strict=True):
+            stop = start + family.size * len(family.names)
+            weight = None
+            if natural is not None and natural.weight is not None:
+                weight = natural.weight if len(natural.weight) == 1 else natural.weight[points]
+                weight = weight.unsqueeze(-1)
+            parts.append(_Part(slice(start, stop), family, family.select(points), natural, weight))
+            start = stop
         return parts
 
-    def _likelihood(self, here: "_Selection", eta: Tensor) -> Tensor:
-        total: Any = 0.0
-        for family, constants, predictors in zip(
-            self.families, here.constants, self._split(eta), strict=True
-        ):
-            total = total + family.log_density(constants, predictors).reshape(*eta.shape[:2], -1).sum(-1)
-        return total
+    def _select(self, points: Tensor) -> _Selection:
+        """What the density needs of some points; engines ask for the same ones thousands of times."""
+        for known in self._selections:
+            if known.points is points or torch.equal(known.points, points):
+                return known
+        matrix, offset = self.matrix[points], self.offset[points]
+        linear, constant = (
+            torch.zeros_like(matrix[:, 0] if matrix.shape[1] else self.matrix.sum(1)[points]),
+            0.0,
+        )
+        parts = self._parts(points)
+        for part in parts:
+            if part.natural is None:
+                continue
+            n = part.natural
+            target = (n.target if len(n.target) == 1 else n.target[points]).expand(len(points), -1)
+            linear = linear + torch.bmm(target.unsqueeze(1), matrix[:, part.rows]).squeeze(1)
+            here = n.constant if len(n.constant) == 1 else n.constant[points]
+            constant = constant + here + (target * offset[:, part.rows]).sum(1)
+        found = _Selection(
+            points,
+            LinearMap(matrix, offset),
+            parts,
+            linear,
+            linear.new_zeros(len(points)) + constant,
+            None if self.quadratic is None else self.quadratic.take(points),
+        )
+        self._selections = [found, *self._selections[:_REMEMBERED]]
+        return found
+
+    def _pieces(self, points: Tensor, position: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Points and draws that are worked on together, small enough for the cache."""
+        rows = max(1, self.matrix.shape[1])
+        together = max(1, min(len(points), self.elements // (rows * _NARROWEST)))
+        batch = max(_NARROWEST, self.elements // (rows * together))
+        for first in range(0, len(points), together):
+            for start in range(0, position.shape[1], batch):
+                yield slice(first, first + together), slice(start, start + batch)
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
-        return torch.cat([self._value(points, part) for part in self._chunks(points, position)], 1)
-
-    def _chunks(self, points: Tensor, position: Tensor) -> Sequence[Tensor]:
-        return position.split(max(1, self.max_batch // max(1, len(points))), 1)
-
-    def _select(self, points: Tensor) -> "_Selection":
-        """What the density needs of some points; engines ask for the same ones thousands of times."""
-        if self._selected is None or not torch.equal(self._selected.points, points):
-            self._selected = _Selection(
-                points.clone(),
-                _Map(self.matrix[points], self.offset[points]),
-                [family.select(points) for family in self.families],
-                None if self.quadratic is None else tuple(x[points] for x in self.quadratic),
-            )
-        return self._selected
+        """log density, (P, batch)."""
+        out = position.new_empty(position.shape[:2])
+        with torch.no_grad(), self.program.quiet():
+            for some, draws in self._pieces(points, position):
+                whole = some.stop - some.start >= len(points)
+                at = position[some, draws]
+                out[some, draws] = self._value(points if whole else points[some], at)
+        return out
 
     def _value(self, points: Tensor, position: Tensor) -> Tensor:
         here = self._select(points)
-        with torch.no_grad(), self.program.quiet():
-            likelihood = self._likelihood(here, here.map.forward(position))
-        return likelihood + self.rest(points, position)[0]
+        value = self._rest_of(here, position)[0]
+        if here.parts:
+            eta = here.map.forward(position)
+            value = (
+                value
+                + here.constant.unsqueeze(1)
+                + torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
+            )
+            for part in here.parts:
+                value = value + part.value(eta)
+        return value
 
     def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        values, grads = [], []
+        """log density (P, batch) and gradient (P, batch, D)."""
+        value, grad = position.new_empty(position.shape[:2]), torch.empty_like(position)
+        with torch.no_grad(), self.program.quiet():
+            for some, draws in self._pieces(points, position):
+                whole = some.stop - some.start >= len(points)
+                at = position[some, draws]
+                value[some, draws], grad[some, draws] = self._value_and_grad(
+                    points if whole else points[some], at
+                )
+        return value, grad
+
+    def _value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         here = self._select(points)
-        for part in self._chunks(points, position):
-            eta = here.map.forward(part).requires_grad_(True)
-            with self.program.quiet(), torch.enable_grad():
-                likelihood = self._likelihood(here, eta)
-                (slope,) = torch.autograd.grad(likelihood.sum(), eta)
-            rest, rest_grad = self.rest(points, part)
-            values.append(likelihood.detach() + rest)
-            grads.append(here.map.backward(slope) + rest_grad)
-        return torch.cat(values, 1), torch.cat(grads, 1)
+        value, grad = self._rest_of(here, position)
+        if here.parts:
+            eta = here.map.forward(position)
+            slopes = [part.slope(eta) for part in here.parts]
+            grad = grad + here.linear.unsqueeze(1)
+            grad = grad + here.map.backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1))
+            value = (
+                value
+                + here.constant.unsqueeze(1)
+                + torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
+            )
+            for part in here.parts:
+                value = value + part.value(eta)
+        return value, grad
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
+        """Second derivatives (P, D, D) at one position per point (P, D)."""
         matrix, here = self.matrix[points], self._select(points)
-        eta = torch.einsum("smd,sd->sm", matrix, position) + self.offset[points]
-        eta = eta.unsqueeze(1).requires_grad_(True)
         hessian = self._prior_hessian(points, position).clone()
-        start = 0
-        with self.program.quiet(), torch.enable_grad():
-            for family, constants, predictors in zip(
-                self.families, here.constants, self._split(eta), strict=True
-            ):
-                size, count = family.shape.numel(), len(family.names)
-                total = family.log_density(constants, predictors).sum()
-                first = torch.autograd.grad(total, predictors, create_graph=True)
-                for i in range(count):
-                    # Elementwise density: the gradient of the summed slope is the i-th row of every
-                    # observation's own block of second derivatives.
-                    second = torch.autograd.grad(
-                        first[i].sum(),
-                        predictors,
-                        retain_graph=True,
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                    left = matrix[:, start + i * size : start + (i + 1) * size]
-                    for j in range(count):
-                        right = matrix[:, start + j * size : start + (j + 1) * size]
-                        weight = second[j].detach().reshape(len(points), size, 1)
-                        hessian += torch.bmm((left * weight).mT, right)
-                start += size * count
+        if not here.parts:
+            return hessian
+        with self.program.quiet():
+            eta = here.map.forward(position.unsqueeze(1))
+            for part in here.parts:
+                if part.natural is not None:
+                    weight = part.natural.cumulant.curvature(eta[:, part.rows])
+                    weight = weight if part.weight is None else weight * part.weight
+                    own = matrix[:, part.rows]
+                    hessian -= torch.bmm((own * weight).mT, own)
+                else:
+                    hessian += self._general_hessian(part, matrix[:, part.rows], eta)
         return hessian
+
+    @staticmethod
+    def _general_hessian(part: _Part, matrix: Tensor, eta: Tensor) -> Tensor:
+        total: Any = 0.0
+        blocks = matrix.split(part.family.size, 1)
+        with torch.enable_grad():
+            predictors = [x.detach().requires_grad_(True) for x in part.predictors(eta)]
+            summed = part.family.log_density(part.constants, predictors).sum()
+            first = torch.autograd.grad(summed, predictors, create_graph=True)
+            for left, slope in zip(blocks, first, strict=True):
+                # Elementwise density: the gradient of the summed slope is one row of every observation's
+                # own block of second derivatives.
+                second = torch.autograd.grad(
+                    slope.sum(), predictors, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for right, weight in zip(blocks, second, strict=True):
+                    total = total + torch.bmm((left * weight.detach()).mT, right)
+        return total
 
     def axes(self, points: Tensor, factor: Tensor) -> Tensor:
         """Triangular axes where each moves few predictors, else axes by pivoted QR of the predictors.
@@ -201,6 +303,8 @@ class AffineDensity:
         conditional given nearly all others: where a likelihood is skew, it is skew along predictors.
         """
         triangular = triangular_axes(factor)
+        if not self.matrix.shape[1]:  # Gaussian: no axis is better than another
+            return triangular
         moved = torch.bmm(self.matrix[points[:1]], triangular[:1])
         if float((moved.abs() > 1e-12 * moved.abs().max()).to(moved).mean()) < 0.3:
             return triangular
@@ -220,30 +324,43 @@ class AffineDensity:
         moved = torch.bmm(matrix, factor)  # (P, M, D)
         centre = torch.einsum("smd,sd->sm", matrix, mode) + self.offset[points]
         out = self._rest_profile(points, mode, factor, nodes)
-        start = 0
+        here = self._select(points)
         with torch.no_grad(), self.program.quiet():
-            for family in self.families:
-                size, count = family.shape.numel(), len(family.names)
-                part = slice(start, start + size * count)
-                steps = moved[:, part].reshape(len(points), count, size, -1)
-                here = centre[:, part].reshape(len(points), count, size)
-                tiny = 1e-12 * steps.abs().amax((2, 3), keepdim=True)
-                point, row, axis = torch.nonzero((steps.abs() > tiny).any(1), as_tuple=True)
-                chunk = max(1, MAX_ELEMENTS // (2 * len(nodes)))
-                for at in (slice(i, i + chunk) for i in range(0, len(point), chunk)):
-                    p, r, j = point[at], row[at], axis[at]
-                    base = [here[p, i, r].unsqueeze(1) for i in range(count)]
-                    along = [b + steps[p, i, r, j].unsqueeze(1) * nodes for i, b in enumerate(base)]
-                    change = family.at(points[p], r, along) - family.at(points[p], r, base)
-                    out.view(-1, len(nodes)).index_add_(0, p * self.num_latent + j, change)
-                start += size * count
+            for part in here.parts:
+                self._profile_of(part, points, centre[:, part.rows], moved[:, part.rows], nodes, out)
         return out
+
+    def _profile_of(
+        self, part: _Part, points: Tensor, centre: Tensor, moved: Tensor, nodes: Tensor, out: Tensor
+    ) -> None:
+        """Add one site's change along every axis to ``out`` (P, D, G)."""
+        family, count = part.family, len(part.family.names)
+        steps = moved.reshape(len(points), count, family.size, -1)
+        here = centre.reshape(len(points), count, family.size)
+        tiny = 1e-12 * steps.abs().amax((2, 3), keepdim=True)
+        point, row, axis = torch.nonzero((steps.abs() > tiny).any(1), as_tuple=True)
+        chunk = max(1, self.elements // len(nodes))
+        for at in (slice(i, i + chunk) for i in range(0, len(point), chunk)):
+            p, r, j = point[at], row[at], axis[at]
+            base = [here[p, i, r].unsqueeze(1) for i in range(count)]
+            along = [b + steps[p, i, r, j].unsqueeze(1) * nodes for i, b in enumerate(base)]
+            if part.natural is None:
+                change = family.at(points[p], r, along) - family.at(points[p], r, base)
+            else:
+                target, cumulant = part.natural.target, part.natural.cumulant
+                size = cumulant.value(along[0]) - cumulant.value(base[0])
+                if part.weight is not None:
+                    size = size * part.weight[p if len(part.weight) > 1 else 0, r]
+                pull = target[points[p] if len(target) > 1 else 0, r].unsqueeze(1)
+                change = pull * (along[0] - base[0]) - size
+            out.view(-1, len(nodes)).index_add_(0, p * self.num_latent + j, change)
 
     def _rest_profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
         if self.quadratic is not None:
-            _, slope, curvature = (x[points] for x in self.quadratic)
-            first = ((slope + torch.einsum("sij,sj->si", curvature, mode)).unsqueeze(1) @ factor).squeeze(1)
-            second = (factor * (curvature @ factor)).sum(1)
+            here = self.quadratic.take(points)
+            slope = here.value_and_grad(mode.unsqueeze(1))[1]
+            first = (slope @ factor).squeeze(1)
+            second = (factor * (here.curvature @ factor)).sum(1)
             return first.unsqueeze(-1) * nodes + 0.5 * second.unsqueeze(-1) * nodes.square()
         steps = (factor.mT.unsqueeze(2) * nodes.view(1, 1, -1, 1)).flatten(1, 2)
         value = self.rest(points, mode.unsqueeze(1) + steps)[0] - self.rest(points, mode.unsqueeze(1))[0]
@@ -251,18 +368,17 @@ class AffineDensity:
 
     def _prior_hessian(self, points: Tensor, position: Tensor) -> Tensor:
         if self.quadratic is not None:
-            return self.quadratic[2][points]
+            return self.quadratic.curvature[points]
         return self._rest_hessian(points, position)
 
     def rest(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The log joint without the affine likelihood, and its gradient."""
-        here = self._select(points).quadratic if self.quadratic is not None else None
-        if here is None:
-            return self._rest(points, position)
-        constant, slope, curvature = here
-        half = 0.5 * torch.bmm(position, curvature)
-        value = constant.unsqueeze(1) + (position * (slope.unsqueeze(1) + half)).sum(-1)
-        return value, slope.unsqueeze(1) + 2.0 * half
+        """The log joint without the affine likelihoods still in ``families``, and its gradient."""
+        return self._rest_of(self._select(points), position)
+
+    def _rest_of(self, here: _Selection, position: Tensor) -> tuple[Tensor, Tensor]:
+        if here.quadratic is not None:
+            return here.quadratic.value_and_grad(position)
+        return self._rest(here.points, position)
 
 
 def build_density(program: LaneProgram) -> Density:
@@ -288,7 +404,7 @@ def _find_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity
     probe = 0.5 * torch.randn(3, num_points, dim, dtype=dtype, generator=generator).to(device)
 
     families = find_families(program, probe[0])
-    rows = sum(f.shape.numel() * len(f.names) for f in families)
+    rows = sum(f.size * len(f.names) for f in families)
     if not families or rows * dim * num_points > MAX_AFFINE:
         return None
 
@@ -351,10 +467,8 @@ def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
     return rest, rest_hessian
 
 
-def _quadratic(
-    rest: Any, rest_hessian: Any, points: Tensor, probe: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(constant, slope, curvature) at the origin if the rest is a quadratic at every point, else None."""
+def _quadratic(rest: Any, rest_hessian: Any, points: Tensor, probe: Tensor) -> Quadratic | None:
+    """The rest about the origin if it is a quadratic at every point, else None."""
     origin = torch.zeros_like(probe[0])
     curvature = rest_hessian(points, origin)
     value, slope = (x.squeeze(1) for x in rest(points, origin.unsqueeze(1)))
@@ -366,4 +480,4 @@ def _quadratic(
         close_slope = (found_slope - slope - step).abs() <= 1e-11 * (1.0 + found_slope.abs())
         if not (close.all() and close_slope.all() and math.isfinite(float(curvature.abs().max()))):
             return None
-    return value, slope, curvature
+    return Quadratic(origin, value, slope, curvature)

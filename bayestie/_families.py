@@ -1,6 +1,7 @@
 """Elementwise likelihoods as functions of their predictors: which there are, and their constants."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import ExpTransform, biject_to, constraints
 
 from bayestie._program import LaneInputs, LaneProgram, base_distribution
 
@@ -24,6 +25,8 @@ def _constraints(base: Any) -> dict[str, Any] | None:
 def _link(constraint: Any) -> Any:
     if isinstance(constraint, type(constraints.real)) or constraints.is_dependent(constraint):
         return None
+    if getattr(constraint, "lower_bound", None) == 0 and not hasattr(constraint, "upper_bound"):
+        return ExpTransform()  # biject_to would compose it with a shift by zero
     try:
         return biject_to(constraint)
     except NotImplementedError:
@@ -54,6 +57,47 @@ class NotAffine(Exception):
 
 
 @dataclass(frozen=True)
+class Cumulant:
+    """An even part A of a natural likelihood: log p = target eta - weight A(eta) + constant."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    curvature: Callable[[Tensor], Tensor]
+    at_zero: float
+
+
+def _log_two_cosh_half(eta: Tensor) -> Tensor:
+    # log(1 + exp(eta)) - eta / 2: even, so that the exponential never overflows; in place, as this is the
+    # sweep's innermost loop.
+    size = eta.abs()
+    return size.neg().exp_().add_(1.0).log_().add_(size, alpha=0.5)
+
+
+_LOGISTIC = Cumulant(
+    _log_two_cosh_half,
+    lambda eta: torch.sigmoid(eta).sub_(0.5),
+    lambda eta: 0.25 / torch.cosh(0.5 * eta).square(),
+    math.log(2.0),
+)
+_POISSON = Cumulant(torch.exp, torch.exp, torch.exp, 1.0)
+_GAUSSIAN = Cumulant(lambda eta: 0.5 * eta.square(), lambda eta: eta, torch.ones_like, 0.0)
+
+
+@dataclass(frozen=True)
+class Natural:
+    """log p of a whole site = sum of target eta - weight A(eta), plus constant."""
+
+    cumulant: Cumulant
+    target: Tensor  # (S, M), or (1, M) where all points agree
+    weight: Tensor | None  # the same, or None where it is one everywhere
+    constant: Tensor  # (S,) or (1,), summed over the site
+
+    @property
+    def is_gaussian(self) -> bool:
+        return self.cumulant is _GAUSSIAN
+
+
+@dataclass(frozen=True)
 class Family:
     """An elementwise likelihood as a function of its predictors (parameters on the real line)."""
 
@@ -61,15 +105,19 @@ class Family:
     distribution: type
     names: tuple[str, ...]  # parameters that are functions of the latents
     links: tuple[Any, ...]  # transform predictor -> parameter; None is the identity
-    # The other parameters, the data, its scale, mask and weight: (S, *shape), or (1, *shape) where all
-    # points agree.
+    # The other parameters, the data, its scale, mask and weight: (S, M), or (1, M) where all points agree.
     constants: dict[str, Tensor]
     shape: torch.Size
 
+    @property
+    def size(self) -> int:
+        """Observations M."""
+        return self.shape.numel()
+
     def select(self, points: Tensor) -> dict[str, Tensor]:
-        """The constants of some points, ready to broadcast against (P, batch, *shape)."""
+        """The constants of some points, ready to broadcast against predictors (P, M, batch)."""
         here = {
-            name: x.unsqueeze(1) if len(x) == 1 else x[points].unsqueeze(1)
+            name: x.unsqueeze(-1) if len(x) == 1 else x[points].unsqueeze(-1)
             for name, x in self.constants.items()
         }
         return self._without_trifles(here)
@@ -83,10 +131,10 @@ class Family:
 
     def at(self, points: Tensor, rows: Tensor, predictors: Sequence[Tensor]) -> Tensor:
         """The same for single observations: points and rows (n,), predictors (n, batch)."""
-        here = {}
-        for name, x in self.constants.items():
-            flat = x.reshape(len(x), -1)
-            here[name] = (flat[0, rows] if len(x) == 1 else flat[points, rows]).unsqueeze(1)
+        here = {
+            name: (x[0, rows] if len(x) == 1 else x[points, rows]).unsqueeze(1)
+            for name, x in self.constants.items()
+        }
         return self.log_density(here, predictors)
 
     def log_density(self, here: dict[str, Tensor], predictors: Sequence[Tensor]) -> Tensor:
@@ -101,6 +149,35 @@ class Family:
             return log_density
         scale: Any = here["<scale>"] * here["<weight>"]
         return scale_and_mask(log_density, scale, here["<mask>"].bool())
+
+    def natural(self) -> Natural | None:
+        """The form linear in the predictor but for one even function of it, where the family has it."""
+        constants = self.constants
+        value = constants["<value>"]
+        scale = constants["<scale>"] * constants["<weight>"] * constants["<mask>"]
+        name, link = self.names[0], self.links[0]
+        if len(self.names) > 1:
+            return None
+        kind = self.distribution
+        if name == "logits" and link is None and issubclass(kind, torch.distributions.Bernoulli):
+            cumulant, weight, target = _LOGISTIC, scale, scale * (value - 0.5)
+        elif name == "logits" and link is None and issubclass(kind, torch.distributions.Binomial):
+            count = constants["total_count"]
+            cumulant, weight, target = _LOGISTIC, scale * count, scale * (value - 0.5 * count)
+        elif (
+            isinstance(link, ExpTransform)
+            and name == "rate"
+            and issubclass(kind, torch.distributions.Poisson)
+        ):
+            cumulant, weight, target = _POISSON, scale, scale * value
+        elif name == "loc" and link is None and issubclass(kind, torch.distributions.Normal):
+            weight = scale / constants["scale"].square()
+            cumulant, target = _GAUSSIAN, weight * value
+        else:
+            return None
+        at_zero = self.log_density(constants, [torch.zeros_like(target)]) + weight * cumulant.at_zero
+        plain = bool((weight == 1.0).all())
+        return Natural(cumulant, target, None if plain else weight, at_zero.sum(-1))
 
 
 _MESSAGE = ("<value>", "<scale>", "<mask>", "<weight>")
@@ -143,4 +220,4 @@ def _constants(
     with program.quiet():
         values = torch.vmap(one)(position, *inputs.flat())
     alike = {n: ((x == x[:1]) | (torch.isnan(x) & torch.isnan(x[:1]))).all() for n, x in values.items()}
-    return {n: x[:1] if bool(alike[n]) else x for n, x in values.items()}
+    return {n: (x[:1] if bool(alike[n]) else x).reshape(-1, shape.numel()) for n, x in values.items()}

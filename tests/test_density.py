@@ -6,8 +6,10 @@ import pytest
 import torch
 from zoo import COUNTS, GROUP, ZOO, X, Y, numbers, tied_copies, tied_level
 
-from bayestie._affine import AffineDensity, _Map, build_density
+from bayestie import _affine
+from bayestie._affine import AffineDensity, build_density
 from bayestie._density import Density, ProgramDensity
+from bayestie._linear_map import LinearMap
 from bayestie._program import LaneProgram
 
 POINT = torch.tensor([0])
@@ -73,39 +75,105 @@ def test_every_point_has_its_own_strength(model, y):
 
 
 def test_wide_batches_are_cut_and_put_together(monkeypatch):
-    case = ZOO["logistic"]
-    program = LaneProgram(case.model, case.args)
+    swept = {"sigma": torch.tensor(STRENGTHS, dtype=torch.float64)}
+    program = LaneProgram(tied_copies, (COUNTS, GROUP), {}, swept)
     affine, general = build_density(program), ProgramDensity(program)
-    at = positions(affine, batch=11)
-    whole = affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at)
-    monkeypatch.setattr(affine, "max_batch", 4)
+    assert isinstance(affine, AffineDensity)
+    points = torch.arange(3)
+    at = positions(affine, 3, batch=11)
+
+    def everything():
+        return (
+            affine.value_and_grad(points, at),
+            general.value_and_grad(points, at),
+            (affine.value(points, at),),
+        )
+
+    whole = everything()
+    monkeypatch.setattr(_affine, "_NARROWEST", 2)
+    monkeypatch.setattr(affine, "elements", 4 * affine.matrix.shape[1])  # two points, two draws at a time
     monkeypatch.setattr(general, "max_lanes", 4)
-    cut = affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at)
-    for (value, grad), (expected, expected_grad) in zip(cut, whole, strict=True):
-        close(value, expected, 1e-14)
-        close(grad, expected_grad, 1e-14)
+    assert len(list(affine._pieces(points, at))) == 2 * 6
+    for found, expected in zip(everything(), whole, strict=True):
+        for cut, uncut in zip(found, expected, strict=True):
+            close(cut, uncut, 1e-14)
 
 
 def test_sparse_designs_give_the_dense_numbers():
     rows, groups = 2000, 60
     label = torch.arange(rows) % groups
-    y = numbers(rows, seed=12)
+    y = (numbers(rows, seed=12) > 0).double()
 
     def model(y, label):
         with pyro.plate("group", groups):
             effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
         with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(effect[label], 1.0), obs=y)
+            pyro.sample("y", dist.Bernoulli(logits=effect[label]), obs=y)
 
     program = LaneProgram(model, (y, label))
     affine, general = build_density(program), ProgramDensity(program)
     assert isinstance(affine, AffineDensity)
-    assert _Map(affine.matrix, affine.offset).dense is None
+    assert LinearMap(affine.matrix, affine.offset).dense is None
     at = positions(affine)
     for found, expected in zip(
         affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at), strict=True
     ):
         close(found, expected, 1e-12)
+
+
+NATURAL = {
+    "bernoulli": lambda eta, n: (dist.Bernoulli(logits=eta), (eta.detach() * 0 + n % 2)),
+    "binomial": lambda eta, n: (dist.Binomial(total_count=7.0 + n, logits=eta), n + 1.0),
+    "poisson": lambda eta, n: (dist.Poisson((eta + 0.3).exp()), n + 2.0),
+    "normal": lambda eta, n: (dist.Normal(eta - 1.0, 0.5 + n), n.sqrt()),
+}
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.3, 1.2), dist.StudentT(5.0, 0.3, 1.2)])
+@pytest.mark.parametrize("name", NATURAL)
+def test_natural_likelihoods_with_scale_mask_and_offset(name, prior):
+    n = torch.arange(6, dtype=X.dtype)
+    x = numbers(6, 3, seed=4)
+
+    def model(n):
+        beta = pyro.sample("beta", prior.expand([3]).to_event(1))
+        fn, obs = NATURAL[name](x @ beta, n)
+        with pyro.plate("row", 6), pyro.poutine.scale(scale=1.7), pyro.poutine.mask(mask=n != 3):
+            pyro.sample("y", fn, obs=obs.detach())
+
+    program = LaneProgram(model, (n,))
+    affine, general = build_density(program), ProgramDensity(program)
+    assert isinstance(affine, AffineDensity)
+    joined = name == "normal" and isinstance(prior, dist.Normal)
+    assert len(affine.families) == (0 if joined else 1)
+    assert all(natural is not None for natural in affine.naturals)
+    at = positions(affine, batch=4)
+    found, expected = affine.value_and_grad(POINT, at), general.value_and_grad(POINT, at)
+    close(found[0], expected[0], 1e-13)
+    close(found[1], expected[1], 1e-12)
+    close(affine.hessian(POINT, at[:, 0]), general.hessian(POINT, at[:, 0]), 1e-10)
+    factor = numbers(1, 3, 3, seed=8)
+    nodes = torch.tensor([-3.0, -0.2, 0.0, 4.0], dtype=at.dtype)
+    close(
+        affine.profile(POINT, at[:, 0], factor, nodes), general.profile(POINT, at[:, 0], factor, nodes), 1e-12
+    )
+
+
+def test_gaussian_data_far_from_zero_keep_their_digits():
+    """Squares of 1e7 expanded about the origin would leave an error of 1e-2 in the log density."""
+    y = 1e7 + numbers(50, seed=3)
+
+    def model(y):
+        level = pyro.sample("level", dist.Normal(1e7, 10.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+    program = LaneProgram(model, (y,))
+    affine, general = build_density(program), ProgramDensity(program)
+    assert isinstance(affine, AffineDensity)
+    assert affine.families == []
+    at = 1e7 + positions(affine, batch=4)
+    close(affine.value(POINT, at), general.value(POINT, at), 1e-9)
 
 
 def test_what_is_nearly_affine_is_refused():

@@ -1,0 +1,52 @@
+"""eta = A u + b at many points at once: dense, or sparse where most of A is zero."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+class LinearMap:
+    """eta = A u + b for the points at hand, sparse where most of A is zero (indices, one-hot designs).
+
+    Predictors are (P, M, batch), the layout in which a sparse product writes them.
+    """
+
+    def __init__(self, matrix: Tensor, offset: Tensor):
+        self.offset = offset.unsqueeze(-1) if bool((offset != 0).any()) else None  # (P, M, 1)
+        self.shape = matrix.shape  # (P, M, D)
+        density = float((matrix != 0).sum()) / max(1, matrix.numel())
+        self.dense = matrix if density > 0.2 or matrix.numel() < 100_000 else None
+        if self.dense is None:
+            # One block-diagonal matrix over the points: one product serves all of them.
+            point, row, column = torch.nonzero(matrix, as_tuple=True)
+            num_points, rows, columns = matrix.shape
+            values = matrix[point, row, column]
+            left, right = point * rows + row, point * columns + column
+            self.sparse = _csr(left, right, values, (num_points * rows, num_points * columns))
+            self.transposed = _csr(right, left, values, (num_points * columns, num_points * rows))
+
+    def forward(self, position: Tensor) -> Tensor:
+        """(P, batch, D) -> (P, M, batch)."""
+        if self.dense is not None:
+            eta = torch.bmm(self.dense, position.mT)
+        else:
+            columns = position.mT.reshape(-1, position.shape[1])
+            eta = (self.sparse @ columns).view(self.shape[0], self.shape[1], -1)
+        return eta if self.offset is None else eta.add_(self.offset)
+
+    def backward(self, slope: Tensor) -> Tensor:
+        """(P, M, batch) -> (P, batch, D), the transposed map."""
+        if self.dense is not None:
+            return torch.bmm(slope.mT, self.dense)
+        columns = self.transposed @ slope.reshape(-1, slope.shape[-1])
+        return columns.view(self.shape[0], self.shape[2], -1).mT
+
+
+def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    order = torch.argsort(row * shape[1] + column)
+    starts = torch.zeros(shape[0] + 1, dtype=torch.long, device=row.device)
+    starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+        return torch.sparse_csr_tensor(starts, column[order], values[order], shape)
