@@ -13,7 +13,6 @@ import xarray as xr
 from torch import Tensor
 
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
-from bayestie._diagnostics import effective_sample_size
 from bayestie._engines import Draws, LaplaceProposal, Task
 from bayestie._errors import NameLookupError, OptionError, ShapeError
 from bayestie._psis import psis
@@ -175,15 +174,14 @@ class Assembly:
 
     def tree(self, draws: Draws, gaussian: LaplaceProposal | None, begin: float) -> xr.DataTree:
         program = self.program
-        arrays = collect(program, draws.points, draws.position, self._wanted(draws))
+        arrays = collect(program, draws.points, draws.position, self._wanted)
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, value in arrays.items():
             group, name = key.split("/", 1)
             groups.setdefault(group, {})[name] = value
         groups["sample_stats"] = self._sample_stats(draws, gaussian)
         loo = self._leave_one_out(groups.get("log_likelihood", {}), draws)
-        thinned = self._predictive(groups)
-        groups.pop("parameter", None)
+        thinned = self._predictive(groups, draws)
         if not self._stores("log_likelihood", groups):
             groups.pop("log_likelihood", None)
         if self.keep is not None:
@@ -192,7 +190,7 @@ class Assembly:
                     groups.pop(group, None)
         groups["observed_data"] = {n: v.cpu().numpy() for n, v in program.observed_values.items()}
         groups["constant_data"] = {n: v.cpu().numpy() for n, v in self.arguments().items()}
-        groups["sweep"] = self._sweep_group(draws, groups, arrays, loo)
+        groups["sweep"] = self._sweep_group(draws, loo)
         groups = {group: self._shaped(group, variables) for group, variables in groups.items() if variables}
         attrs = {
             **self.attrs,
@@ -214,16 +212,11 @@ class Assembly:
             tree["laplace_draws"] = self._pool(draws)
         return tree
 
-    def _wanted(self, draws: Draws) -> Any:
-        def wanted(key: str) -> bool:
-            group = key.split("/", 1)[0]
-            if group == "parameter":
-                return self.keep is None or "posterior_predictive" in self.keep
-            if group == "log_likelihood":
-                return self.keep is None or "log_likelihood" in self.keep
-            return True
-
-        return wanted
+    def _wanted(self, key: str) -> bool:
+        group = key.split("/", 1)[0]
+        if group == "log_likelihood":
+            return self.keep is None or group in self.keep
+        return group != "parameter"
 
     def _stores(self, group: str, groups: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
         if self.keep is not None:
@@ -253,14 +246,19 @@ class Assembly:
         stats["energy"] = -lp if energy is None else np.where(energy.cpu() == 0, -lp, energy.cpu().numpy())
         return stats
 
-    def _predictive(self, groups: dict[str, dict[str, np.ndarray]]) -> np.ndarray:
+    def _predictive(self, groups: dict[str, dict[str, np.ndarray]], draws: Draws) -> np.ndarray:
+        """Add posterior predictive draws to ``groups``; the numbers of the draws they belong to."""
         chains, length = self.task.num_chains, self.task.num_draws
         step = max(1, length // max(1, PREDICTIVE_DRAWS // chains))
         thinned = np.arange(0, length, step)
+        if self.keep is not None and "posterior_predictive" not in self.keep:
+            return thinned
+        position = draws.position[:, :, ::step]
         parameters: dict[str, dict[str, np.ndarray]] = {}
-        for key, value in groups.get("parameter", {}).items():
-            site, name = key.rsplit("/", 1)
-            parameters.setdefault(site, {})[name] = value[:, :, thinned]
+        found = collect(self.program, draws.points, position, lambda key: key.startswith("parameter/"))
+        for key, value in found.items():
+            site, name = key.split("/", 1)[1].rsplit("/", 1)
+            parameters.setdefault(site, {})[name] = value
         drawn = {s: predict(self.program, s, p, self.task.seed + 7919) for s, p in parameters.items()}
         if drawn:
             groups["posterior_predictive"] = drawn
@@ -290,18 +288,13 @@ class Assembly:
             out["max_pareto_k"].append(float(khat.max()))
         return {name: np.asarray(values) for name, values in out.items()}
 
-    def _sweep_group(
-        self,
-        draws: Draws,
-        groups: Mapping[str, Mapping[str, np.ndarray]],
-        arrays: Mapping[str, np.ndarray],
-        loo: dict[str, np.ndarray] | None,
-    ) -> dict[str, np.ndarray]:
-        count = len(draws.points)
+    def _sweep_group(self, draws: Draws, loo: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         quality = draws.quality.cpu().numpy().copy()
-        for i in range(count):
-            if np.isnan(quality[i, 0]):
-                quality[i] = self._independent_quality(arrays, i, float(draws.ess_weights[i]))
+        # Independent draws: their number, less what weights and resampling by them cost.
+        total = self.task.num_chains * self.task.num_draws
+        effective = 1.0 / (1.0 / total + 1.0 / draws.ess_weights.cpu().numpy())
+        independent = np.isnan(quality[:, 0])
+        quality[independent] = np.stack([np.ones_like(effective), effective, effective], 1)[independent]
         out = {
             "engine": np.array(draws.engine),
             "certified": np.array(draws.certified, dtype=bool),
@@ -331,22 +324,6 @@ class Assembly:
                     float(use.tie.typical_variance.reshape(-1)[0])
                 )
         return out
-
-    def _independent_quality(
-        self, arrays: Mapping[str, np.ndarray], i: int, ess_weights: float
-    ) -> np.ndarray:
-        """R-hat and ESS of the stored rows, the ESS no larger than weights and resampling leave."""
-        columns = [
-            torch.as_tensor(x[i]).reshape(*x.shape[1:3], -1)
-            for key, x in arrays.items()
-            if key.startswith("posterior/") and x.dtype.kind == "f"
-        ]
-        joined = torch.cat(columns, -1)
-        joined = joined[..., joined.amax((0, 1)) > joined.amin((0, 1))]
-        bulk, tail = (float(x.min()) for x in effective_sample_size(joined))
-        total = joined.shape[0] * joined.shape[1]
-        ceiling = 1.0 / (1.0 / total + (0.0 if math.isinf(ess_weights) else 1.0 / ess_weights))
-        return np.array([1.0, min(bulk, ceiling), min(tail, ceiling)])
 
     def _pool(self, draws: Draws) -> xr.Dataset:
         lead = tuple(len(v) for v in self.swept.values())

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayestie._density import MAX_ELEMENTS
 from bayestie._program import LaneInputs, LaneProgram, base_distribution, seeded
 
 PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
+# Numbers of one lane batch: large enough to pay for a run of the model, small enough to stay near the cores.
+_ELEMENTS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,13 @@ def tie_uses(program: LaneProgram) -> list[TieUse]:
     ]
 
 
-def describe_lane(program: LaneProgram, position: Tensor, inputs: LaneInputs) -> dict[str, Tensor]:
-    """Everything the results keep of one draw, by group/name."""
+def describe_lane(
+    program: LaneProgram, position: Tensor, inputs: LaneInputs, observed: bool
+) -> dict[str, Tensor]:
+    """What the results keep of one draw, by group/name: all of it, or what needs no observed site.
+
+    A model states its likelihood last, and that is where its work is: it is left before.
+    """
     parameters: dict[str, Tensor] = {}
 
     def see(msg: Any) -> None:
@@ -49,11 +55,15 @@ def describe_lane(program: LaneProgram, position: Tensor, inputs: LaneInputs) ->
             if isinstance(value, Tensor):
                 parameters[f"parameter/{site}/{name}"] = value.expand(program.observed[site].shape)
 
-    lane = program.run_lane(position, inputs, on_observed=see)
+    if observed:
+        lane = program.run_lane(position, inputs, on_observed=see)
+    else:
+        sites = {*program.latent, *program.deterministic}
+        lane = program.run_lane(position, inputs, without=set(program.observed), until=sites)
     out: dict[str, Tensor] = {}
     for name in (*program.latent, *program.deterministic):
         out[f"posterior/{name}"] = lane.messages[name]["value"]
-    for name in program.observed:
+    for name in program.observed if observed else ():
         out[f"log_likelihood/{name}"] = lane.log_densities[name]
     tied_z = set()
     for name in program.deterministic:
@@ -99,14 +109,17 @@ def _vectorised(
     lead = position.shape[:-1]
     flat = position.reshape(-1, position.shape[-1])
     index = points.repeat_interleave(math.prod(lead[1:]))
-    rows = sum(v.numel() for v in program.observed_values.values()) + program.num_latent
-    chunk = max(1, min(len(flat), MAX_ELEMENTS // max(1, 2 * rows)))
+    observed = any(wanted(key) for key in _observed_keys(program))
+    rows = program.num_latent + sum(math.prod(site.shape) for site in program.deterministic.values())
+    if observed:
+        rows += sum(v.numel() for v in program.observed_values.values())
+    chunk = max(1, min(len(flat), _ELEMENTS // max(1, rows)))
     arrays: dict[str, Tensor] = {}
     for start in range(0, len(flat), chunk):
         part = slice(start, min(start + chunk, len(flat)))
         inputs = program.point_inputs(index[part])
         with torch.no_grad(), program.quiet():
-            values = _lanes(program, flat[part], inputs, wanted)
+            values = _lanes(program, flat[part], inputs, wanted, observed)
         for key, value in values.items():
             if key not in arrays:
                 arrays[key] = value.new_empty((len(flat), *value.shape[1:]))
@@ -114,11 +127,20 @@ def _vectorised(
     return {key: x.reshape(*lead, *x.shape[1:]) for key, x in arrays.items()}
 
 
+def _observed_keys(program: LaneProgram) -> list[str]:
+    """A key of every group that only the observed sites give."""
+    return [f"{group}/{name}" for name in program.observed for group in ("log_likelihood", "parameter")]
+
+
 def _lanes(
-    program: LaneProgram, position: Tensor, inputs: LaneInputs, wanted: Callable[[str], bool]
+    program: LaneProgram,
+    position: Tensor,
+    inputs: LaneInputs,
+    wanted: Callable[[str], bool],
+    observed: bool,
 ) -> dict[str, Tensor]:
     def one(u: Tensor, *flat: Tensor) -> dict[str, Tensor]:
-        found = describe_lane(program, u, inputs.unflatten(flat))
+        found = describe_lane(program, u, inputs.unflatten(flat), observed)
         return {key: value for key, value in found.items() if wanted(key)}
 
     if program.loop_reason is None:

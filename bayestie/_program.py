@@ -219,6 +219,10 @@ def _elementwise_family(fn: Any) -> type | None:
     return type(base) if any(name in base.__dict__ for name in constraint) else None
 
 
+class _Enough(Exception):
+    """Every site asked for has been seen: the rest of the model need not run."""
+
+
 class _Lane(Messenger):
     """Gives latent sites their value from a flat vector and adds up the log joint density.
 
@@ -235,9 +239,11 @@ class _Lane(Messenger):
         on_observed: Callable[[Any], None] | None = None,
         fills: Mapping[str, Tensor] | None = None,
         imputed: Mapping[str, str] | None = None,
+        until: Set[str] | None = None,
     ):
         super().__init__()
         self.sites, self.position, self.weights = sites, position, weights
+        self.until = until
         self.without, self.on_observed = without, on_observed
         self.fills, self.imputed = fills or {}, imputed or {}
         self.log_jacobian = position.new_zeros(())
@@ -266,6 +272,11 @@ class _Lane(Messenger):
         name = msg["name"]
         msg = self.mended(msg)
         self.messages[name] = msg
+        self._score(name, msg)
+        if self.until is not None and self.until <= self.messages.keys():
+            raise _Enough
+
+    def _score(self, name: str, msg: Any) -> None:
         if _is_deterministic(msg):
             return
         if self.on_observed is not None and name not in self.sites and not isinstance(msg["fn"], dist.Unit):
@@ -674,15 +685,18 @@ class LaneProgram:
         *,
         without: Set[str] = frozenset(),
         on_observed: Callable[[Any], None] | None = None,
+        until: Set[str] | None = None,
     ) -> _Lane:
         """The model once, at one position; ``inputs`` without a lane axis. Enumerated sites excluded.
 
         The densities of the sites in ``without`` are not taken; ``on_observed`` sees each observed
-        message before its density would be.
+        message before its density would be. The model is left once the sites in ``until`` are seen.
         """
-        lane = _Lane(self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed)
+        lane = _Lane(
+            self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed, until
+        )
         args, kwargs = self._arguments(inputs)
-        with lane:
+        with contextlib.suppress(_Enough), lane:
             self.model(*args, **kwargs)
         return lane
 
