@@ -12,13 +12,26 @@ import torch
 from torch import Tensor
 
 
+def diagnose(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank-normalised split R-hat (the larger of bulk and folded), bulk ESS, tail ESS of the worse quantile.
+
+    (chains, draws, Q) -> (Q,) each.
+    """
+    split = _split(draws.permute(2, 0, 1).contiguous())
+    flat = split.flatten(1)
+    scores, ordered = _normal_scores(flat)
+    bulk = scores.reshape(split.shape)
+    folded, _ = _normal_scores((flat - _quantile(ordered, 0.5)).abs())
+    rhat = torch.maximum(_rhat(bulk), _rhat(folded.reshape(split.shape)))
+    # Quantiles of all draws: an odd one in the middle of a chain is in neither half.
+    whole = ordered if draws.shape[1] % 2 == 0 else draws.flatten(0, 1).mT.sort(1).values
+    tails = [_ess((split <= _quantile(whole, q).unsqueeze(1)).to(draws)) for q in (0.05, 0.95)]
+    return rhat, _ess(bulk), torch.minimum(*tails)
+
+
 def split_rhat(draws: Tensor) -> Tensor:
     """Rank-normalised split R-hat, the larger of bulk and folded: (chains, draws, Q) -> (Q,)."""
-    split = _split(draws)
-    median = split.flatten(0, 1).quantile(0.5, dim=0)
-    bulk = _rhat(_normal_scores(split))
-    folded = _rhat(_normal_scores((split - median).abs()))
-    return torch.maximum(bulk, folded)
+    return diagnose(draws)[0]
 
 
 def effective_sample_size(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,66 +39,76 @@ def effective_sample_size(draws: Tensor) -> tuple[Tensor, Tensor]:
 
     (chains, draws, Q) -> (Q,) each.
     """
-    split = _split(draws)
-    bulk = _ess(_normal_scores(split))
-    flat = draws.flatten(0, 1)
-    tails = [_ess(_split((draws <= flat.quantile(q, dim=0)).to(draws))) for q in (0.05, 0.95)]
-    return bulk, torch.minimum(*tails)
+    return diagnose(draws)[1:]
+
+
+# Inside, draws are (Q, chains, draws): every chain of a quantity lies together.
 
 
 def _split(draws: Tensor) -> Tensor:
-    half = draws.shape[1] // 2
-    return torch.cat([draws[:, :half], draws[:, -half:]])
+    half = draws.shape[2] // 2
+    return torch.cat([draws[..., :half], draws[..., -half:]], 1)
 
 
-def _normal_scores(x: Tensor) -> Tensor:
-    flat = x.flatten(0, 1)
-    count = flat.shape[0]
-    ordered, order = flat.sort(0)
-    ranks = torch.arange(1, count + 1, dtype=x.dtype, device=x.device).unsqueeze(1).expand_as(flat)
-    if bool((ordered[1:] == ordered[:-1]).any()):
-        ranks = _average_ties(ordered)
+def _quantile(ordered: Tensor, q: float) -> Tensor:
+    """Linearly interpolated quantile of sorted rows (Q, N) -> (Q, 1)."""
+    at = q * (ordered.shape[1] - 1)
+    low = math.floor(at)
+    high = min(low + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, low], ordered[:, high], at - low).unsqueeze(1)
+
+
+def _normal_scores(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (Q, N) -> normal scores of their ranks, and the rows sorted."""
+    count = flat.shape[1]
+    ordered, order = flat.sort(1)
+    ranks = torch.arange(1, count + 1, dtype=flat.dtype, device=flat.device).expand_as(flat)
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    if bool(tied.any()):
+        ranks = ranks.clone()
+        ranks[tied] = _average_ties(ordered[tied])
     scores = torch.special.ndtri((ranks - 0.375) / (count + 0.25))
-    return torch.empty_like(flat).scatter_(0, order, scores).reshape(x.shape)
+    return torch.empty_like(flat).scatter_(1, order, scores), ordered
 
 
 def _average_ties(ordered: Tensor) -> Tensor:
-    columns = ordered.mT.contiguous()
-    first = torch.searchsorted(columns, columns, side="left")
-    last = torch.searchsorted(columns, columns, side="right")
-    return (0.5 * (first + last + 1).to(ordered)).mT
+    first = torch.searchsorted(ordered, ordered, side="left")
+    last = torch.searchsorted(ordered, ordered, side="right")
+    return 0.5 * (first + last + 1).to(ordered)
 
 
 def _rhat(x: Tensor) -> Tensor:
-    length = x.shape[1]
-    within = x.var(1).mean(0)
-    between = length * x.mean(1).var(0)
+    length = x.shape[2]
+    within = x.var(2).mean(1)
+    between = length * x.mean(2).var(1)
     return ((between / within + length - 1) / length).sqrt()
 
 
 def _ess(x: Tensor) -> Tensor:
-    """Effective sample size of (chains, draws, Q) by Geyer's initial monotone sequence."""
-    chains, length, _ = x.shape
+    """Effective sample size of (Q, chains, draws) by Geyer's initial monotone sequence."""
+    number, chains, length = x.shape
     size = 1 << (2 * length - 1).bit_length()
-    centred = x - x.mean(1, keepdim=True)
-    spectrum = torch.fft.rfft(centred, n=size, dim=1)
-    covariance = torch.fft.irfft(spectrum.abs().square(), n=size, dim=1)[:, :length] / length
-    mean_variance = covariance[:, 0].mean(0) * length / (length - 1.0)
+    centred = x - x.mean(2, keepdim=True)
+    spectrum = torch.fft.rfft(centred, n=size)
+    power = spectrum.real.square() + spectrum.imag.square()
+    # The mean over chains is taken before the way back: one transform per quantity.
+    covariance = torch.fft.irfft(power.mean(1), n=size)[:, :length] / length
+    mean_variance = covariance[:, :1] * length / (length - 1.0)
     total = mean_variance * (length - 1.0) / length
     if chains > 1:
-        total = total + x.mean(1).var(0)
-    rho = 1.0 - (mean_variance - covariance.mean(0)) / total  # (length, Q)
-    rho[0] = 1.0
-    pairs = rho[: length - length % 2].reshape(-1, 2, rho.shape[1]).sum(1)
-    pairs = pairs[: max(1, (length - 3) // 2)]  # arviz never looks at the last three lags
-    positive = (pairs > 0).cumprod(0).bool()
-    monotone = torch.cummin(torch.where(positive, pairs, torch.inf), 0).values
-    tau = -1.0 + 2.0 * torch.where(positive, monotone, 0.0).sum(0)
-    count = positive.sum(0)
+        total = total + x.mean(2).var(1).unsqueeze(1)
+    rho = 1.0 - (mean_variance - covariance) / total  # (Q, length)
+    rho[:, 0] = 1.0
+    pairs = rho[:, : length - length % 2].reshape(number, -1, 2).sum(2)
+    pairs = pairs[:, : max(1, (length - 3) // 2)]  # arviz never looks at the last three lags
+    positive = (pairs > 0).cumprod(1).bool()
+    monotone = torch.cummin(torch.where(positive, pairs, torch.inf), 1).values
+    tau = -1.0 + 2.0 * torch.where(positive, monotone, 0.0).sum(1)
+    count = positive.sum(1)
     # One more even lag if the sequence ended at a negative pair (arviz and Stan do so).
-    following = rho[(2 * count).clamp(max=length - 1), torch.arange(rho.shape[1], device=x.device)]
+    following = rho.gather(1, (2 * count).clamp(max=length - 1).unsqueeze(1)).squeeze(1)
     tau = tau + following.clamp(min=0.0)
     tau = torch.maximum(tau, torch.full_like(tau, 1.0 / math.log10(chains * length)))
     ess = chains * length / tau
-    constant = (x.amax((0, 1)) - x.amin((0, 1))) < torch.finfo(x.dtype).resolution
+    constant = (x.amax((1, 2)) - x.amin((1, 2))) < torch.finfo(x.dtype).resolution
     return torch.where(constant, torch.full_like(ess, float(chains * length)), ess)

@@ -111,15 +111,21 @@ def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, 
     damping = torch.zeros_like(value)
     stuck = torch.zeros_like(value)
     steps = _NEWTON_STEPS.to(position)
+    # Points that are done stay in the batch until they are half of it: another batch has its own set-up.
     active = torch.arange(len(points), device=points.device)
+    going = torch.ones_like(converged)
+    here = points
     for _ in range(MAX_ITERATIONS):
-        precision = -density.hessian(points[active], position[active])
+        precision = -density.hessian(here, position[active])
         step = _damped_solve(precision, grad[active], damping[active])
         decrement = (step * grad[active]).sum(-1)
         trial = position[active].unsqueeze(1) + steps.view(1, -1, 1) * step.unsqueeze(1)
-        values = torch.nan_to_num(density.value(points[active], trial), nan=-torch.inf)
+        values = torch.nan_to_num(density.value(here, trial), nan=-torch.inf)
         best_value, best = values.max(1)
-        improved = best_value >= value[active] - 1e-10 * (1.0 + value[active].abs())
+        # Near the mode values differ by rounding alone, and the full step is the right one.
+        near = decrement.abs() <= 1e-8 * (1.0 + value[active].abs())
+        best = torch.where(near, 0, best)
+        improved = going & (best_value >= value[active] - 1e-10 * (1.0 + value[active].abs()))
         chosen = active[improved]
         position[chosen] = trial[improved, best[improved]]
         # Shorter than full steps mean the quadratic is poor: damp; full steps: trust it again.
@@ -130,13 +136,15 @@ def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, 
         scale = 1.0 + value[active].abs()
         done = improved & (decrement.abs() <= 1e-12 * scale) & torch.isfinite(decrement)
         converged[active[done]] = True
-        active = active[~done & (stuck[active] < 8)]
-        if len(active) == 0:
+        going = going & ~done & (stuck[active] < 8)
+        if not bool(going.any()):
             break
-        new_value, new_grad = (
-            x.squeeze(1) for x in density.value_and_grad(points[active], position[active].unsqueeze(1))
+        if 2 * int(going.sum()) <= len(active):
+            active = active[going]
+            here, going = points[active], torch.ones_like(active, dtype=torch.bool)
+        value[active], grad[active] = (
+            x.squeeze(1) for x in density.value_and_grad(here, position[active].unsqueeze(1))
         )
-        value[active], grad[active] = new_value, new_grad
     value = density.value(points, position.unsqueeze(1)).squeeze(1)
     return position, value, converged
 

@@ -8,6 +8,7 @@ lanes never wait for one another's tree depth. Every lane of a round draws the s
 stopping all lanes at one tick would keep short trajectories and drop long ones.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -21,9 +22,13 @@ from bayestie._engines._quality import chain_verdict, is_good, quality
 MAX_DEPTH = 10
 MAX_ENERGY_ERROR = 1000.0
 TARGET_ACCEPT = 0.8
-TICKS_PER_BLOCK = 32  # noise is drawn, and finished points are dropped, once per block
-FIRST_WARMUP, METRIC_WARMUP, STEP_WARMUP = 30, 60, 25
-MAX_ROUNDS = 10
+TICKS_PER_BLOCK = 32  # noise is drawn, and finished lanes are dropped, once per block
+FIRST_WARMUP, STEP_WARMUP = 12, 12  # trajectories of every chain
+METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain gives at least 16
+SHORTEST = 50  # draws of a short chain in a round, at least
+FIRST_ROUND = 1.4  # times what is stored: R-hat of many quantities at once needs some 1,400 draws
+LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
+MAX_TOTAL = 16  # times the first round, at most
 STATISTICS = ("lp", "energy", "acceptance_rate", "step_size", "n_steps", "tree_depth", "diverging")
 
 
@@ -52,105 +57,126 @@ class _StepSize:
         self.weight = torch.zeros_like(self.log_step)
         self.average = self.log_step.clone()
 
-    def update(self, accept: Tensor, ended: Tensor) -> None:
-        """accept and ended are (P, C): a point learns from the chains whose trajectory ended this tick."""
+    def update(self, index: Tensor, accept: Tensor, ended: Tensor) -> None:
+        """accept and ended are (P, C), ``index`` (P,) says of which points: a point learns from the chains
+        whose trajectory ended this tick."""
         number = ended.sum(1)
         mean = torch.where(ended, accept, 0.0).sum(1) / number.clamp(min=1)
-        self.count = self.count + number
-        gain = 1.5 * self.count.clamp(min=1) ** -0.6
-        self.log_step = self.log_step + torch.where(number > 0, gain * (mean - TARGET_ACCEPT), 0.0)
+        count = self.count[index] + number
+        gain = 1.5 * count.clamp(min=1) ** -0.6
+        log_step = self.log_step[index] + torch.where(number > 0, gain * (mean - TARGET_ACCEPT), 0.0)
         # The average forgets its beginning: weight n on the n-th iterate.
-        weight = self.count * (number > 0)
-        self.weight = self.weight + weight
-        share = weight / self.weight.clamp(min=1e-300)
-        self.average = self.average + share * (self.log_step - self.average)
+        weight = count * (number > 0)
+        total = self.weight[index] + weight
+        average = self.average[index]
+        self.average[index] = average + weight / total.clamp(min=1e-300) * (log_step - average)
+        self.count[index], self.log_step[index], self.weight[index] = count, log_step, total
 
     def finish(self) -> None:
         self.log_step = self.average.clone()
 
 
 class _Lanes:
-    """The state machine for P x C lanes; all tensors lead with the flat lane axis L = P C."""
+    """The state machine for P x C lanes; flat lane axis L = P C. Lanes that are done leave the batch."""
 
     def __init__(self, task: Task, fit: LaplaceFit, scale: Tensor, z: Tensor, stream: int):
         self.task, self.stream = task, stream
-        self.fit, self.scale = fit, scale  # scale (P, D): diagonal metric in whitened coordinates
+        self.all_points, self.fit, self.scale = fit.points, fit, scale  # scale (P, D): diagonal metric
         self.num_points, self.num_chains, self.dim = z.shape
         self.z = z.reshape(-1, self.dim).clone()
-        self.value, self.grad = self._evaluate(self.z)
+        # What is still in the batch: rows of the points, and of every lane its number among all.
+        self.rows = torch.arange(self.num_points, device=z.device)
+        self.lane = torch.arange(len(self.z), device=z.device)
         self.ticks = 0
         self.leapfrogs = 0
         self.useful = 0
 
     def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log density and gradient in the sampler's coordinates u = mode + factor (scale * z)."""
-        scaled = z.reshape(self.num_points, self.num_chains, self.dim) * self.scale.unsqueeze(1)
+        scaled = z.reshape(len(self.rows), -1, self.dim) * self.scale.unsqueeze(1)
         value, grad = self.task.density.value_and_grad(self.fit.points, self.fit.to_position(scaled))
         grad = torch.bmm(grad, self.fit.factor) * self.scale.unsqueeze(1)
         return value.reshape(-1), grad.reshape(-1, self.dim)
 
     def run(self, num_draws: int, step: _StepSize, adapt: bool, max_depth: int = MAX_DEPTH) -> _Round:
         """``num_draws`` trajectories in every lane."""
-        lanes, dim = self.z.shape
-        out_z = self.z.new_zeros(lanes, num_draws + 1, dim)  # the last slot takes what is not kept
-        out = self.z.new_zeros(lanes, num_draws + 1, len(STATISTICS))
-        count = torch.zeros(lanes, dtype=torch.long, device=self.z.device)
-        everywhere = torch.ones(lanes, dtype=torch.bool, device=self.z.device)
-        shape = (self.num_points, self.num_chains)
-        state: _State | None = None
+        total = len(self.z)
+        out_z = self.z.new_zeros(total, num_draws + 1, self.dim)  # the last slot takes what is not kept
+        out = self.z.new_zeros(total, num_draws + 1, len(STATISTICS))
+        count = torch.zeros(total, dtype=torch.long, device=self.z.device)
+        state = _State(self.z, *self._evaluate(self.z), max_depth)
+        normals, uniforms = self._noise()
+        state.start(torch.ones_like(count, dtype=torch.bool), normals[0], uniforms[0], self._steps(step))
         while True:
-            normals, uniforms = self._noise(lanes, dim)
-            if state is None:
-                state = _State(self.z, self.value, self.grad, max_depth)
-                state.start(everywhere, normals[0], uniforms[0], self._steps(step))
             for t in range(1, TICKS_PER_BLOCK + 1):
                 z, p = state.propose()
                 value, grad = self._evaluate(z)
                 ended = state.advance(z, p, value, grad, uniforms[t])
                 self.ticks += 1
-                self.leapfrogs += lanes
+                self.leapfrogs += len(z)
                 busy = count < num_draws
                 self.useful += int(busy.sum())
                 kept = ended & busy
                 slot = torch.where(kept, count, num_draws)
-                out_z[state.rows, slot] = state.last[:, 0]
+                out_z[self.lane, slot] = state.last[:, 0]
                 statistics = state.statistics()
-                out[state.rows, slot] = statistics
+                out[self.lane, slot] = statistics
                 if adapt:
-                    step.update(statistics[:, 2].reshape(shape), kept.reshape(shape))
+                    shape = (len(self.rows), -1)
+                    step.update(self.rows, statistics[:, 2].reshape(shape), kept.reshape(shape))
                 count = count + kept.long()
                 state.start(ended, normals[t], uniforms[t], self._steps(step))
-            self._report(count, num_draws, adapt)
-            if bool((count >= num_draws).all()):
+            busy = count < num_draws
+            self._report(total * num_draws - int((num_draws - count[busy]).sum()), total * num_draws, adapt)
+            if not bool(busy.any()):
                 break
-        self.z, self.value, self.grad = state.last[:, 0], state.last_value[:, 0], state.last[:, 1]
-        kept_stats = out[:, :num_draws].reshape(*shape, num_draws, -1).unbind(-1)
+            kept_lanes = self._compact(busy)
+            if kept_lanes is not None:
+                state.keep(kept_lanes)
+                count = torch.where(busy[kept_lanes], count[kept_lanes], num_draws)
+            normals, uniforms = self._noise()
+        # Where a lane stands at some tick is biased towards long trajectories; at its n-th draw it is not.
+        self.z = out_z[:, num_draws - 1]
+        shape = (self.num_points, self.num_chains, num_draws)
+        kept_stats = out[:, :num_draws].reshape(*shape, -1).unbind(-1)
         return _Round(
-            out_z[:, :num_draws].reshape(*shape, num_draws, dim),
-            dict(zip(STATISTICS, kept_stats, strict=True)),
+            out_z[:, :num_draws].reshape(*shape, self.dim), dict(zip(STATISTICS, kept_stats, strict=True))
         )
 
-    def _report(self, count: Tensor, num_draws: int, adapt: bool) -> None:
-        self.task.progress(
-            {
-                "stage": "nuts warmup" if adapt else "nuts",
-                "draws_done": int(count.sum()),
-                "draws_total": len(count) * num_draws,
-            }
-        )
+    def _compact(self, busy: Tensor) -> Tensor | None:
+        """Leave out points and lanes that are done, where that makes the batch smaller by a quarter.
+
+        A point keeps as many lanes as the one with most busy lanes needs, its busy ones first.
+        """
+        table = busy.reshape(len(self.rows), -1)
+        counts = table.sum(1)
+        width = int(counts.max())
+        points = torch.nonzero(counts).squeeze(1)
+        if len(points) * width > 0.75 * busy.numel():
+            return None
+        first = table[points].long().argsort(dim=1, descending=True, stable=True)[:, :width]
+        lanes = (points.unsqueeze(1) * table.shape[1] + first).reshape(-1)
+        self.rows, self.lane = self.rows[points], self.lane[lanes]
+        self.fit, self.scale = self.fit.take(points), self.scale[points]
+        return lanes
+
+    def _report(self, done: int, total: int, adapt: bool) -> None:
+        stage = "nuts warmup" if adapt else "nuts"
+        self.task.progress({"stage": stage, "draws_done": done, "draws_total": total})
 
     def _steps(self, step: _StepSize) -> Tensor:
-        return step.log_step.exp().repeat_interleave(self.num_chains)
+        return step.log_step[self.rows].exp().repeat_interleave(len(self.lane) // len(self.rows))
 
-    def _noise(self, lanes: int, dim: int) -> tuple[Tensor, Tensor]:
-        """Normals (ticks + 1, L, D) and uniforms (ticks + 1, L, 4), keyed by (seed, point, chain, block)."""
+    def _noise(self) -> tuple[Tensor, Tensor]:
+        """Normals (ticks + 1, L, D) and uniforms (ticks + 1, L, 4), keyed by (seed, point, block)."""
         normals, uniforms = [], []
-        for point in self.fit.points.tolist():
-            for chain in range(self.num_chains):
-                rng = self.task.generator(201, self.stream, point, chain, self.ticks)
-                normals.append(torch.as_tensor(rng.standard_normal((TICKS_PER_BLOCK + 1, dim))))
-                uniforms.append(torch.as_tensor(rng.random((TICKS_PER_BLOCK + 1, 4))))
-        return torch.stack(normals, 1).to(self.z), torch.stack(uniforms, 1).to(self.z)
+        table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
+        for point, chains in zip(self.fit.points.tolist(), table, strict=True):
+            rng = self.task.generator(201, self.stream, point, self.ticks)
+            shape = (TICKS_PER_BLOCK + 1, self.num_chains)
+            uniforms.append(torch.as_tensor(rng.random((*shape, 4))[:, chains]))
+            normals.append(torch.as_tensor(rng.standard_normal((*shape, self.dim))[:, chains]))
+        return torch.cat(normals, 1).to(self.z), torch.cat(uniforms, 1).to(self.z)
 
 
 class _State:
@@ -180,6 +206,13 @@ class _State:
         self.accept = z.new_zeros(lanes)
         self.diverging = torch.zeros(lanes, dtype=torch.bool, device=z.device)
         self.levels = torch.arange(MAX_DEPTH + 1, device=z.device)
+
+    def keep(self, lanes: Tensor) -> None:
+        """Go on with these lanes alone."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in ("rows", "levels"):
+                setattr(self, name, value[lanes])
+        self.rows = torch.arange(len(lanes), device=lanes.device)
 
     def start(self, mask: Tensor, momentum: Tensor, uniforms: Tensor, step: Tensor) -> None:
         """Begin a new trajectory from the last draw in the lanes of ``mask``."""
@@ -298,19 +331,36 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
 
 
 class _Sampler:
+    """Warmup and rounds at all points.
+
+    Every stored chain is made of short chains that begin at one overdispersed point, so that many lanes share
+    the fixed cost of a tick: Margossian et al. (2024), Nested R-hat, Bayesian Analysis. Joined end to end,
+    their R-hat compares groups of different starts, and their autocorrelations carry the taper (1 - t / n) of
+    independent pieces of length n.
+    """
+
     def __init__(self, task: Task, points: Tensor, fit: LaplaceFit):
         # The density's own axes suit a diagonal metric better than any others.
         oriented = task.density.axes(fit.points, fit.factor)
         self.task, self.points, self.fit = task, points, replace(fit, factor=oriented)
         dim = fit.mode.shape[1]
         self.begin = time.perf_counter()
+        self.pieces = self._num_pieces(len(points))
+        self.num_chains = task.num_chains * self.pieces
         # Overdispersed starts: R-hat sees nothing if all chains begin at one point.
         starts = [task.normals((dim,), 202, int(p), c) for p in points for c in range(task.num_chains)]
-        self.z = 1.3 * torch.stack(starts).reshape(len(points), task.num_chains, dim)
+        self.z = 1.3 * torch.stack(starts).repeat_interleave(self.pieces, 0)
+        self.z = self.z.reshape(len(points), self.num_chains, dim)
         self.scale = torch.ones_like(fit.mode)
         self.step = _StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(fit.mode))
         self.useful = self.executed = 0
         self.stream = 0
+
+    def _num_pieces(self, num_points: int) -> int:
+        """Short chains per stored chain."""
+        lanes = LANES.get(self.task.program.device.type, LANES["cpu"])
+        wanted = lanes // (num_points * self.task.num_chains)
+        return max(1, min(wanted, self.task.num_draws // SHORTEST))
 
     def _lanes(self) -> _Lanes:
         self.stream += 1
@@ -327,11 +377,11 @@ class _Sampler:
         """Step size on the Laplace metric, then a diagonal correction of it pooled over chains."""
         # The first steps may be far too small; shallow trees keep them cheap.
         self._run(self._lanes(), FIRST_WARMUP, adapt=True, max_depth=5)
-        windows = [METRIC_WARMUP] if bool(self.fit.converged.all()) else [METRIC_WARMUP, 2 * METRIC_WARMUP]
-        for window in windows:
+        window = max(16, METRIC_DRAWS // self.num_chains)
+        for factor in (1,) if bool(self.fit.converged.all()) else (1, 2):
             self.step.restart()
-            result = self._run(self._lanes(), window, adapt=True, max_depth=7)
-            self._learn_scale(result.z[:, :, window // 4 :])
+            result = self._run(self._lanes(), factor * window, adapt=True, max_depth=7)
+            self._learn_scale(result.z[:, :, factor * window // 4 :])
         self.step.restart()
         self._run(self._lanes(), STEP_WARMUP, adapt=True)
         self.step.finish()
@@ -345,17 +395,25 @@ class _Sampler:
         self.z = self.z / ratio.unsqueeze(1)
 
     def sample(self) -> Draws:
-        """Rounds of ``num_draws`` until every quantity of a point is good; good points drop out."""
+        """Rounds until every quantity of a point is good; points that are good drop out.
+
+        The first round makes what is stored and some more, a later one half as many as there are by then. If
+        a point is still not good, its oldest draws may be from before it settled: the newer half is judged
+        alone.
+        """
         count = len(self.points)
-        self.kept: list[list[Tensor]] = [[] for _ in range(count)]
-        self.kept_stats: list[list[dict[str, Tensor]]] = [[] for _ in range(count)]
+        self.kept: list[list[tuple[Tensor, dict[str, Tensor]]]] = [[] for _ in range(count)]
         self.quality = [(float("inf"), 0.0, 0.0)] * count
         self.all_points = self.points
         active = torch.arange(count, device=self.points.device)
+        first = math.ceil(FIRST_ROUND * self.task.num_draws / self.pieces)
+        made, size = 0, first
         try:
-            for round_number in range(MAX_ROUNDS):
-                bad = self._round(active)
-                if not len(bad) or round_number == MAX_ROUNDS - 1:
+            while True:
+                bad = self._round(active, size)
+                made += size
+                size = max(first // 2, made // 2)
+                if not len(bad) or made >= MAX_TOTAL * first:
                     break
                 active = active[bad]
                 self._keep_only(bad)
@@ -364,53 +422,75 @@ class _Sampler:
             raise Interrupted(self._draws(good)) from interrupt
         return self._draws(list(range(count)))
 
-    def _round(self, active: Tensor) -> Tensor:
+    def _round(self, active: Tensor, num_draws: int) -> Tensor:
         """One round at the active points; the rows of those that need more."""
-        task, chains, dim = self.task, self.task.num_chains, self.fit.mode.shape[1]
-        result = self._run(self._lanes(), task.num_draws, adapt=False)
+        result = self._run(self._lanes(), num_draws, adapt=False)
         z = result.z.flatten(1, 2) * self.scale.unsqueeze(1)
-        position = self.fit.to_position(z).reshape(len(active), chains, task.num_draws, dim)
+        position = self.fit.to_position(z).reshape(result.z.shape)
         still = []
         for row, i in enumerate(active.tolist()):
-            self.kept[i].append(position[row])
-            self.kept_stats[i].append({name: x[row] for name, x in result.stats.items()})
-            self.quality[i] = self._quality(self.points[row : row + 1], torch.cat(self.kept[i], 1))
-            if not is_good(self.quality[i], task.target_ess):
+            self.kept[i].append((position[row], {name: x[row] for name, x in result.stats.items()}))
+            if not self._is_good(i, self.points[row : row + 1]):
                 still.append(row)
         count = len(self.all_points)
-        task.progress(
+        self.task.progress(
             {
                 "stage": "nuts",
-                "strengths_done": task.num_points - len(still),
-                "strengths_total": task.num_points,
+                "strengths_done": self.task.num_points - len(still),
+                "strengths_total": self.task.num_points,
                 "min_ess": min(min(q[1], q[2]) for q in self.quality),
                 "message": f"{count - len(still)} of {count} strengths mixed",
             }
         )
         return torch.tensor(still, dtype=torch.long, device=self.points.device)
 
+    def _is_good(self, i: int, point: Tensor) -> bool:
+        """Judge a point's draws, all of them or without the older half; what is judged good is kept."""
+        rounds, target = self.kept[i], self.task.target_ess
+        self.quality[i] = self._quality(point, self._joined([z for z, _ in rounds]))
+        if is_good(self.quality[i], target):
+            return True
+        half, newer = sum(z.shape[1] for z, _ in rounds) // 2, list(rounds)
+        while sum(z.shape[1] for z, _ in newer[1:]) >= half and len(newer) > 1:
+            newer.pop(0)
+        if len(newer) == len(rounds) or self._num_joined(newer) < self.task.num_draws:
+            return False
+        quality = self._quality(point, self._joined([z for z, _ in newer]))
+        if not is_good(quality, target):
+            return False
+        self.kept[i], self.quality[i] = newer, quality
+        return True
+
+    def _num_joined(self, rounds: list[tuple[Tensor, dict[str, Tensor]]]) -> int:
+        return self.pieces * sum(z.shape[1] for z, _ in rounds)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Rounds of short chains (C pieces, n, ...) -> stored chains (C, pieces n, ...), end to end."""
+        whole = torch.cat(parts, 1)
+        return whole.reshape(self.task.num_chains, -1, *whole.shape[2:])
+
     def _keep_only(self, rows: Tensor) -> None:
         self.points, self.fit = self.points[rows], self.fit.take(rows)
         self.scale, self.z = self.scale[rows], self.z[rows]
-        self.step.log_step = self.step.log_step[rows]
-        self.step.restart()
+        self.step = _StepSize(self.step.log_step[rows].exp())
 
     def _quality(self, point: Tensor, draws: Tensor) -> tuple[float, float, float]:
-        """(max R-hat, min bulk ESS, min tail ESS) over latents and all posterior variables of a point."""
-        if self.task.quantities is not None:
-            draws = torch.cat([draws, self.task.quantities(point, draws.unsqueeze(0))[0]], -1)
-        return quality(draws)
+        """(max R-hat, min bulk ESS, min tail ESS) over all posterior variables of a point."""
+        if self.task.quantities is None:
+            return quality(draws)
+        # Of latents in their own scale: ranks do not see which, where the map is monotone.
+        return quality(self.task.quantities(point, draws.unsqueeze(0))[0])
 
     def _draws(self, rows: list[int]) -> Draws:
         task = self.task
         positions, stats, certified, reasons, total_divergences = [], [], [], [], []
         for i in rows:
-            draws = torch.cat(self.kept[i], 1)
-            thin = draws.shape[1] // task.num_draws
-            positions.append(draws[:, ::thin][:, : task.num_draws])
-            joined = {name: torch.cat([s[name] for s in self.kept_stats[i]], 1) for name in STATISTICS}
+            draws = self._joined([z for z, _ in self.kept[i]])
+            thinned = torch.arange(task.num_draws, device=draws.device) * draws.shape[1] // task.num_draws
+            positions.append(draws[:, thinned])
+            joined = {name: self._joined([s[name] for _, s in self.kept[i]]) for name in STATISTICS}
             divergences = int(joined["diverging"].sum())
-            stats.append({name: x[:, ::thin][:, : task.num_draws] for name, x in joined.items()})
+            stats.append({name: x[:, thinned] for name, x in joined.items()})
             total = joined["diverging"].numel()
             ok, reason = chain_verdict(self.quality[i], divergences, total, task.target_ess)
             certified.append(ok)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bayestie._diagnostics import effective_sample_size, split_rhat
+from bayestie._diagnostics import diagnose
 
 MAX_RHAT = 1.01
 MAX_DIVERGENT = 0.001  # of all trajectories
@@ -13,8 +13,8 @@ def quality(draws: Tensor) -> tuple[float, float, float]:
     moving = draws[..., draws.amax((0, 1)) > draws.amin((0, 1))]
     if moving.shape[-1] == 0:
         return float("inf"), 0.0, 0.0
-    bulk, tail = effective_sample_size(moving)
-    return float(split_rhat(moving).max()), float(bulk.min()), float(tail.min())
+    rhat, bulk, tail = diagnose(moving)
+    return float(rhat.max()), float(bulk.min()), float(tail.min())
 
 
 def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
