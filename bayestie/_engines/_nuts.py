@@ -397,7 +397,7 @@ class _Sampler:
     def sample(self) -> Draws:
         """Rounds until every quantity of a point is good; points that are good drop out.
 
-        The first round makes what is stored and some more, a later one half as many as there are by then. If
+        The first round makes what is stored and some more, a later one a quarter of what there is by then. If
         a point is still not good, its oldest draws may be from before it settled: the newer half is judged
         alone.
         """
@@ -412,7 +412,7 @@ class _Sampler:
             while True:
                 bad = self._round(active, size)
                 made += size
-                size = max(first // 2, made // 2)
+                size = max(1, made // 4)
                 if not len(bad) or made >= MAX_TOTAL * first:
                     break
                 active = active[bad]
