@@ -251,6 +251,8 @@ class _Lane(Messenger):
         self.messages: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            _cast_outcomes(msg)
         if msg["is_observed"] or msg["done"] or _is_subsample(msg):
             return
         if _is_enumerated(msg):
@@ -336,6 +338,8 @@ class _FirstRun(Messenger):
                 expected="one statement per name",
                 fix="Rename one, or index it in a loop: pyro.sample(f'x_{i}', ...).",
             )
+        if msg["is_observed"]:
+            _cast_outcomes(msg)
         if msg["is_observed"] or msg["value"] is not None:
             return
         discrete = msg["fn"].has_enumerate_support or msg["fn"].support.is_discrete
@@ -377,6 +381,15 @@ class _FirstRun(Messenger):
             if fill is not None:
                 self.fills[msg["name"]] = fill
             _check_observed(msg, msg["value"] if fill is None else _filled(msg, fill))
+
+
+def _cast_outcomes(msg: Any) -> None:
+    """Zeros and ones given as integers or booleans: torch scores a Bernoulli by logits for floats alone."""
+    value = msg["value"]
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        base = base_distribution(msg["fn"])
+        if isinstance(base, torch.distributions.Bernoulli):
+            msg["value"] = value.to((base.logits if "logits" in base.__dict__ else base.probs).dtype)
 
 
 def _observed_value(msg: Any) -> Tensor | None:

@@ -369,3 +369,17 @@ def test_params_have_the_values_they_have_at_the_call():
     pyro.clear_param_store()
     again = LaneProgram(case.model, case.args).evaluate(u, NO_INPUTS)
     assert torch.equal(again, values[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_outcomes_may_be_integers_or_booleans(dtype):
+    def coin(heads):
+        p = pyro.sample("logit", dist.Normal(0.0, 1.0))
+        with pyro.plate("toss", len(heads)):
+            pyro.sample("y", dist.Bernoulli(logits=p.expand(len(heads))), obs=heads)
+
+    heads = torch.tensor([1, 0, 1])
+    at = torch.tensor([0.7], dtype=torch.float64)
+    found, expected = (LaneProgram(coin, (x,)) for x in (heads.to(dtype), heads.double()))
+    value = found.log_joint(at, found.point(0))
+    assert torch.equal(value, expected.log_joint(at, expected.point(0)))
