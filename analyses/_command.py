@@ -26,10 +26,11 @@ def read_options(description: str | None, out: str, argv: Sequence[str] | None) 
     parser.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="a short run with few strengths")
     parser.add_argument(
-        "--out", type=Path, default=Path("out") / out, help="the report (default: %(default)s)"
+        "--out", type=Path, default=Path("out") / out, help="the report, or its folder (default: %(default)s)"
     )
     chosen = parser.parse_args(argv)
-    return Options(chosen.seed, chosen.smoke, chosen.out)
+    target = chosen.out if chosen.out.suffix == ".html" else chosen.out / out
+    return Options(chosen.seed, chosen.smoke, target)
 
 
 def sweep_and_report(
@@ -48,8 +49,8 @@ def sweep_and_report(
     short = {"target_ess": 100} if options.smoke else {}
     over = {"sigma": bt.strengths(low, high, num, hard=True, free=free)}
     path = bt.sweep(model, **data, over=over, seed=options.seed, **short, **settings)
+    print(bt.verdict(path))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     bt.report(path, options.out)
-    print(bt.verdict(path))
     print(f"Report: {options.out}")
     return path
