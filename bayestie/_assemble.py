@@ -15,10 +15,11 @@ from torch import Tensor
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
 from bayestie._engines import Draws, LaplaceProposal, Task
 from bayestie._errors import NameLookupError, OptionError, ShapeError
+from bayestie._overlap import overlap
 from bayestie._psis import psis
 from bayestie._results import build_tree
 
-KEEP = ("posterior", "log_likelihood", "log_prior", "posterior_predictive")
+KEEP = ("posterior", "log_likelihood", "log_prior", "posterior_predictive", "overlap")
 # Pointwise log likelihoods beyond this many bytes are summarised (elpd) and not stored unless asked for.
 LOG_LIKELIHOOD_BYTES = 600_000_000
 SAMPLE_STATS = {
@@ -210,6 +211,8 @@ class Assembly:
         )
         if draws.pool:
             tree["laplace_draws"] = self._pool(draws)
+        if gaussian is not None and (self.keep is None or "overlap" in self.keep):
+            tree["overlap"] = overlap(self.task, draws, gaussian.fit, self.swept)
         return tree
 
     def _wanted(self, key: str) -> bool:

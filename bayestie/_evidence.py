@@ -8,6 +8,7 @@ import xarray as xr
 from scipy.special import logsumexp
 
 from bayestie._draws import effective_size
+from bayestie._mbar import mbar_evidence
 from bayestie._path import sweep_value, swept_values
 from bayestie._psis import psis
 from bayestie._results import swept_names
@@ -32,6 +33,13 @@ def evidence(path: xr.DataTree) -> xr.Dataset:
 
       or, where draws of g were not kept, 1 / Z = E_post[g / p]. Missing where the posterior draws are
       themselves resampled from g, or come from a guide, so that it would be no second opinion.
+    - ``mbar``: multistate Bennett acceptance ratio over a few draws of all strengths together, carried from
+      one to another in each strength's Laplace-whitened coordinates z, where a Gaussian posterior is the
+      standard normal at every strength, and over draws of that normal, whose evidence is 1:
+
+      .. math:: Z_j = \sum_n \frac{q_j(z_n)}{\sum_k N_k q_k(z_n) / Z_k}, \qquad
+                q_j(z) = p_j(m_j + F_j z) \det F_j.
+
     - ``thermodynamic``: the integral over log sigma of the posterior mean of
       d log p(theta, level | sigma) / d log sigma, which in form `level` is E[q] / sigma^2 - r per event
       element, from the smallest strength upward, where it starts from the estimates above. On a grid of
@@ -43,14 +51,15 @@ def evidence(path: xr.DataTree) -> xr.Dataset:
         path: what ``sweep`` returned, or a fit. Groups left out by ``keep=`` leave their estimate NaN.
 
     Returns:
-        Dataset over the swept dims: ``laplace``, ``bridge``, ``thermodynamic``, ``combined`` in nats,
-        each with its standard error ``<name>_error`` (NaN: not available); ``disagreement``, true where
+        Dataset over the swept dims: ``laplace``, ``bridge``, ``mbar``, ``thermodynamic``, ``combined`` in
+        nats, each with its standard error ``<name>_error`` (NaN: not available); ``disagreement``, true where
         two of them differ by more than three joint errors: trust neither there; ``khat`` of the Laplace
         weights, to be read against 0.7. With no estimate at the smallest strength the thermodynamic
         values are relative to it (attribute ``anchor`` says ``relative``).
 
     Reference: Meng and Wong (1996), Statistica Sinica 6; error of the bridge, Fruehwirth-Schnatter
-        (2004), Econometrics Journal 7, eq. (10); Gelman and Meng (1998), Statistical Science 13, for
+        (2004), Econometrics Journal 7, eq. (10); Shirts and Chodera (2008), Journal of Chemical Physics
+        129, for MBAR; Gelman and Meng (1998), Statistical Science 13, for
         the thermodynamic identity; Birge (1932), Physical Review 40.
     """
     laplace, laplace_error = _laplace(path)
@@ -58,7 +67,14 @@ def evidence(path: xr.DataTree) -> xr.Dataset:
     khat = xr.full_like(laplace, -math.inf) if khat is None else khat.astype(float)
     trusted = (khat <= KHAT_LIMIT) & np.isfinite(laplace)
     bridge, bridge_error = _bridge(path, laplace)
-    direct = [(laplace.where(trusted), laplace_error.where(trusted)), (bridge, bridge_error)]
+    mbar, mbar_error = _mbar(path, laplace)
+    # An error of a nat says that the strengths' draws hardly reach one another: it is no error any more.
+    reached = mbar_error < 1.0
+    direct = [
+        (laplace.where(trusted), laplace_error.where(trusted)),
+        (bridge, bridge_error),
+        (mbar.where(reached), mbar_error.where(reached)),
+    ]
     start, start_error = _join(direct)
     # Better a doubtful anchor than none: the combined value then carries its error.
     start, start_error = start.fillna(laplace), start_error.fillna(laplace_error)
@@ -70,6 +86,8 @@ def evidence(path: xr.DataTree) -> xr.Dataset:
         "laplace_error": laplace_error,
         "bridge": bridge,
         "bridge_error": bridge_error,
+        "mbar": mbar,
+        "mbar_error": mbar_error,
         "thermodynamic": thermodynamic,
         "thermodynamic_error": thermodynamic_error,
         "combined": combined,
@@ -159,6 +177,13 @@ def _reciprocal(ratios: np.ndarray) -> tuple[float, float]:
     log_mean = float(logsumexp(np.minimum(inverse, inverse.max()))) - math.log(inverse.size)
     relative = np.exp(weights.numpy()).reshape(ratios.shape) * inverse.size
     return -log_mean, float(relative.std(ddof=1) / math.sqrt(effective_size(relative)))
+
+
+def _mbar(path: xr.DataTree, like: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    found = mbar_evidence(path)
+    if found is None:
+        return xr.full_like(like, np.nan), xr.full_like(like, np.nan)
+    return like.copy(data=found[0]), like.copy(data=found[1])
 
 
 def _thermodynamic(

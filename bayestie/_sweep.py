@@ -119,7 +119,7 @@ def fit(
         device: ``"cpu"`` (default), ``"cuda"``.
         guide: of the engines svi and pyro_svi: ``"mean_field"``, ``"low_rank"`` or ``"full_rank"``.
         keep: groups to store, of ``posterior``, ``log_likelihood``, ``log_prior``,
-            ``posterior_predictive``; by default all that fit in memory comfortably.
+            ``posterior_predictive``, ``overlap``; by default all that fit in memory comfortably.
         dims: names of a variable's axes, as in ArviZ: ``{"theta": ["school"]}``. Axes of plates carry
             the plates' names already.
         coords: labels of a dimension, as in ArviZ: ``{"school": ["A", "B"]}``.
@@ -130,8 +130,9 @@ def fit(
 
     Returns:
         An xarray DataTree in ArviZ's schema with groups posterior, sample_stats, log_likelihood,
-        log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws and
-        sweep. Read ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws.
+        log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws, overlap
+        (every strength's log density at a few draws of each, for `evidence`) and sweep. Read
+        ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws.
 
     Raises:
         BayestieError: one of its named kinds, for anything wrong with the model, the data or an option.
