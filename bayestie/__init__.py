@@ -38,7 +38,7 @@ _HOMES = {
     "verdict": "._verdict",
     "report": "._report",
 }
-_MODULES = {"errors": "._errors", "plots": ".plots"}
+_MODULES = {"errors": "._errors", "nn": ".nn", "plots": ".plots"}
 
 __all__ = [
     "Tie",
@@ -54,6 +54,7 @@ __all__ = [
     "leave_copy_out",
     "load",
     "loo_refits",
+    "nn",
     "plots",
     "pooling",
     "posterior_predictive",
@@ -72,7 +73,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import _errors as errors
-    from . import plots
+    from . import nn, plots
     from ._calibration import calibrate
     from ._evidence import evidence
     from ._forward import posterior_predictive, prior_predictive
