@@ -149,11 +149,16 @@ class ImportancePool:
         task, count = self.task, len(self.points)
         shape = (task.num_chains, task.num_draws)
         positions, values, certified, reasons, evidence, errors, ess = [], [], [], [], [], [], []
+        distinct: list[float] = []
         for i in range(count):
             exact = bool(self.exact[i])
             ok, reason = self._verdict(i, exact, needed)
             plain = exact or not (ok or always_resample)
-            row = slice(0, self.wanted) if plain else self._resample(i)
+            row = torch.arange(self.wanted, device=self.size.device) if plain else self._resample(i)
+            # A draw that stands c times among N weighs c / N. The proposal's own draws are no sample of the
+            # posterior: what they are worth is left to the weights.
+            kish = self.wanted**2 / float(torch.bincount(row).double().square().sum())
+            distinct.append(math.nan if plain and not exact else kish)
             positions.append(self.position[i][row].reshape(*shape, -1))
             values.append(self.value[i][row].reshape(shape))
             log_weight = self.log_weight[i]
@@ -164,6 +169,7 @@ class ImportancePool:
             ess.append(self.ess[i].new_tensor(torch.inf) if exact else self.ess[i])
             certified.append(ok)
             reasons.append(reason)
+        worth = torch.tensor(distinct, dtype=torch.float64)
         return Draws(
             points=self.points,
             position=torch.stack(positions),
@@ -176,6 +182,7 @@ class ImportancePool:
             ess_weights=torch.stack(ess),
             log_evidence=torch.stack(evidence),
             log_evidence_error=torch.stack(errors),
+            quality=torch.stack([worth / worth, worth, worth], 1),
             seconds=torch.full((count,), seconds / count, dtype=torch.float64),
         )
 
