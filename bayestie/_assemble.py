@@ -386,7 +386,7 @@ class Assembly:
         return not torch.equal(*found)
 
     def _sigma_elsewhere(self, use: TieUse) -> bool:
-        """Whether a site beside this tie's own depends on the swept sigma, its copies held still."""
+        """Whether a site beside the ties of the swept sigma depends on it, their copies held still."""
         name = self._sigma_from(use)
         values = self.program.swept.get(name) if name is not None else None
         if values is None:
@@ -394,7 +394,9 @@ class Assembly:
         usable = torch.nonzero((values > 0) & torch.isfinite(values)).squeeze(1)
         if len(usable) < 2:
             return False
-        program, own = self.program, {use.name, f"{use.name}_z", f"{use.name}_level", f"{use.name}_level_z"}
+        program = self.program
+        together = [other.name for other in self.ties if self._sigma_from(other) == name]
+        own = {f"{tied}{part}" for tied in together for part in ("", "_z", "_level", "_level_z")}
         generator = torch.Generator().manual_seed(1)
         position = 0.3 * torch.randn(program.num_latent, dtype=program.dtype, generator=generator)
         position = position.to(program.device)
@@ -402,15 +404,14 @@ class Assembly:
         with torch.no_grad(), program.quiet():
             before = program.run_lane(position, first.unflatten([x[0] for x in first.flat()]))
             inputs = second.unflatten([x[0] for x in second.flat()])
-            about = program.run_lane(position, inputs).messages[use.name]["infer"]["bayestie"]
-            level, z = about["prior"].split(before.messages[use.name]["value"])
-            moved = position.clone()
-            if z is not None and f"{use.name}_z" in program.latent:
-                moved[program.latent[f"{use.name}_z"].slice] = z.reshape(-1)
-            if f"{use.name}_level" in program.latent:
-                site = program.latent[f"{use.name}_level"]
-                if site.unconstrained_shape == site.shape == tuple(level.shape):
-                    moved[site.slice] = level.reshape(-1)
+            there, moved = program.run_lane(position, inputs), position.clone()
+            for tied in together:
+                theta = before.messages[tied]["value"]
+                level = before.messages[tied]["infer"]["bayestie"]["level"]
+                prior = there.messages[tied]["infer"]["bayestie"]["prior"]
+                for part, value in prior.noise_of(theta, level).items():
+                    if (site := program.latent.get(f"{tied}{part}")) is not None:
+                        moved[site.slice] = value.reshape(-1)
             after = program.run_lane(moved, inputs)
         for site, density in before.log_densities.items():
             if site not in own and not torch.allclose(

@@ -1,6 +1,7 @@
 """The slope of the log evidence along log sigma, and its integral from the hard end upward."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +45,52 @@ def slope(path: xr.DataTree, axis: str) -> tuple[xr.DataArray, xr.DataArray] | N
     return mean_error(path, total)
 
 
+# Powers of sigma that a slope is supposed to fall with towards an end; far inside it is 2.
+_POWERS = (0.5, 4.0)
+
+
+@dataclass(frozen=True)
+class _End:
+    """The integral over log sigma from the outermost strength out to sigma = 0 or inf.
+
+    nearest, next: the two outermost strengths; log_ratio between them; weights (n,) of the slopes in the
+    integral; beyond (n,), the strengths whose value it is part of.
+    """
+
+    nearest: int
+    next: int
+    log_ratio: float
+    weights: NDArray[np.float64]
+    beyond: NDArray[np.bool_]
+
+    def error(self, slope: NDArray, error: NDArray) -> NDArray:
+        """Error (...) of the integral: what it would be if the slope fell with the power seen last.
+
+        Of the slope only what is beyond two of its Monte Carlo errors counts.
+        """
+        last, before = slope[self.nearest], slope[self.next]
+        seen = np.maximum(np.abs(last) - 2.0 * error[self.nearest], 0.0)
+        safe = np.where(seen > 0, last, 1.0)
+        ratio = np.maximum(before / safe, 0.0)
+        with np.errstate(divide="ignore"):
+            power = np.log(ratio) / self.log_ratio if self.log_ratio > 0 else np.full_like(ratio, -np.inf)
+        closed = np.tensordot(self.weights, slope, 1) / safe
+        return seen * np.abs(1.0 / np.clip(power, *_POWERS) - closed)
+
+
 @dataclass(frozen=True)
 class Rule:
     """Integration along log sigma from the smallest strength: relative log evidence = weights @ slopes.
 
     order: sorts the strengths. weights, coarse: (n, n) in sorted order, for all points and for every
-    other one; their difference tells the quadrature error.
+    other one; their difference tells the quadrature error. ends: the integrals out to sigma = 0 and inf,
+    which no other strength checks.
     """
 
     order: NDArray[np.intp]
     weights: NDArray[np.float64]
     coarse: NDArray[np.float64]
+    ends: tuple[_End, ...] = ()
 
     def integrate(self, slope: NDArray, error: NDArray) -> tuple[NDArray, NDArray]:
         """Slopes and errors (n, ...) in the tree's order -> relative log evidence and its error, alike."""
@@ -66,6 +102,8 @@ class Rule:
         # Every rule is right where it starts.
         quadrature[0] = 0.0
         variance = np.tensordot(self.weights**2, error**2, 1) + quadrature**2
+        for end in self.ends:
+            variance[end.beyond] += end.error(slope, error) ** 2
         back = np.argsort(self.order)
         return value[back], np.sqrt(variance)[back]
 
@@ -91,7 +129,17 @@ def rule(values: NDArray) -> Rule:
     full = _weights(ordered, positive)
     thinned = positive[::2] if len(positive) % 2 else np.append(positive[:-1:2], positive[-1])
     coarse = _weights(ordered, thinned) if len(positive) > 2 else 0.5 * full
-    return Rule(order, full, coarse)
+    return Rule(order, full, coarse, tuple(_ends(ordered, positive)))
+
+
+def _ends(ordered: NDArray, nodes: NDArray) -> Iterator[_End]:
+    n, x = len(ordered), np.log(ordered[nodes])
+    if ordered[0] == 0:
+        inner = _end(n, nodes[:2], ordered[nodes[:2]] ** 2)
+        yield _End(nodes[0], nodes[:2][-1], float(x[:2][-1] - x[0]), inner, ordered > 0)
+    if math.isinf(ordered[-1]):
+        outer = _end(n, nodes[:-3:-1], ordered[nodes[:-3:-1]] ** -2.0)
+        yield _End(nodes[-1], nodes[-2:][0], float(x[-1] - x[-2:][0]), outer, np.isinf(ordered))
 
 
 def _weights(ordered: NDArray, nodes: NDArray) -> NDArray:

@@ -218,6 +218,13 @@ class TiePrior:
         scale = self.coefficient_scale()
         return level, torch.where(scale > 0, self.coefficients(theta, level) / scale, 0.0)
 
+    def noise_of(self, theta: Tensor, level: Tensor) -> dict[str, Tensor]:
+        """The standard normal sites, by the end of their names, that give these copies and this level."""
+        z = self.coefficients(theta, level) / self.coefficient_scale()
+        if not self.level_may_be_fixed:
+            return {"_z": z}
+        return {"_z": z, "_level_z": (level - self.base_loc) / self.level_scale()}
+
     def variance(self) -> Tensor:
         """Prior variance of every copy, broadcastable to (*B, K, *E)."""
         variance = self.args.sigma.new_zeros(())
