@@ -65,7 +65,7 @@ def test_powers_of_the_deviations_prior_are_strengths(path, sigma):
     sizes = [min(4000.0, float(tree["sweep"].ess_weights)) for tree in (one, there)]
     scores = []
     for name in ("theta", "theta_level"):
-        old, new = (tree["posterior"][name].values.reshape(4000, -1) for tree in (one, there))
+        old, new = (tree["posterior"].to_dataset()[name].values.reshape(4000, -1) for tree in (one, there))
         w, centre = weights.reshape(-1, 1), old.mean(0)
         for power in (1, 2):
             a, b = (old - centre) ** power, (new - centre) ** power
