@@ -4,13 +4,14 @@ import importlib
 from pathlib import Path
 
 import pytest
+from test_claims import ANALYSES as CLAIMS
 
 ANALYSES = ["contraception", "dyestuff", "eight_schools", "lip_cancer", "nile"]
 
 
 def test_every_analysis_is_tested():
     folder = Path(__file__).parent.parent / "analyses"
-    assert sorted(path.stem for path in folder.glob("[!_]*.py")) == ANALYSES
+    assert sorted(path.stem for path in folder.glob("[!_]*.py")) == sorted([*ANALYSES, *CLAIMS])
 
 
 @pytest.mark.slow

@@ -13,7 +13,19 @@ from pyro import poutine
 
 import bayestie as bt
 
-MODELS = ["contraception", "dyestuff", "eight_schools", "lip_cancer", "nile"]
+MODELS = [
+    "adamw_decay",
+    "bias_variance",
+    "contraception",
+    "dyestuff",
+    "eight_schools",
+    "lip_cancer",
+    "nile",
+    "penalty",
+    "shared_filter",
+    "siamese",
+    "soft_filter",
+]
 FOLDER = Path(__file__).parent.parent / "models"
 
 

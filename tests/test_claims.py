@@ -1,0 +1,123 @@
+"""Every claim: its analysis finds the number the claim predicts, within an error small enough to tell.
+
+An analysis states what it expects; here the claims' own numbers stand once more, so that neither a wrong
+expectation nor an error too wide to exclude anything passes.
+"""
+
+import importlib
+import math
+
+import pytest
+
+from analyses._claims import Finding
+
+ANALYSES = {
+    "adamw_decay": "C13",
+    "bias_variance": "C2",
+    "capacity": "C1, C10",
+    "equivariance": "C14",
+    "penalty": "C7",
+    "shared_filter": "C11",
+    "siamese": "C6",
+    "toeplitz": "C5",
+}
+
+# Analysis -> words that a finding begins with -> (number of the claim, widest tolerance that still tells).
+# Numbers in nats, counts or ratios; None where the number depends on the simulated data.
+NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
+    "adamw_decay": {
+        "zero-mean gradients: power of S in lr": (-0.5, 0.01),
+        "zero-mean gradients: power of S in the decay of AdamW": (0, 0.01),
+        "mean gradient dominates": (-1.0, 0.01),
+        "audit of AdamW": (0, 0.5),
+    },
+    "bias_variance": {
+        "s^2 below e^2/n: risk of hard": (-0.0875, 0.05),
+        "s^2 above e^2/n: risk of hard": (0.175, 0.05),
+        "threshold of s^2": (0.2, 0.06),
+    },
+    "capacity": {
+        "32x32x3 to 28x28x8, 5x5: parameters": (608, 0.5),
+        "32x32x3 to 28x28x8, 5x5: of the": (476_672, 0.5),
+        "256x256x3": (38_654_705_664, 0.5),
+        "3x3x3x16": (432, 0.5),
+        "9 places: p_eff at sigma = 0": (9, 0.1),
+        "9 places: p_eff without sharing": (81, 0.1),
+        "p_eff per place, sharing hard": (0, 0.05),
+        "p_eff per place, sharing none": (9, 0.05),
+    },
+    "equivariance": {
+        "sigma = 0": (0, 1e-12),
+        "power of sigma": (1, 0.05),
+    },
+    "penalty": {
+        "sigma = 1: spread": (0, 1e-9),
+        "form level: mean": (2, 0.01),
+        "form matched: variance": (2, 0.01),
+        "sigma = 0: largest difference": (0, 1e-9),
+    },
+    "shared_filter": {"T = 4": (0.25, 0.1)},
+    "siamese": {
+        "branches, sigma = 0:": (0, 1e-9),
+        "PyTorch's gradient of a cell": (0, 1e-9),
+        "PyTorch's gradient of a kernel": (0, 1e-9),
+    },
+    "toeplitz": {
+        "prior: distance at sigma = 0": (0, 1e-9),
+        "prior: power": (1, 0.05),
+        "posterior: power": (1, 0.05),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANALYSES)
+def test_claim(name, tmp_path, capsys):
+    page = tmp_path / "made" / f"{name}.html"
+    claim = importlib.import_module(f"analyses.{name}").main(["--smoke", "--seed", "1", "--out", str(page)])
+    printed = capsys.readouterr().out
+    assert claim.row == ANALYSES[name]
+    for finding in claim.findings:
+        assert math.isfinite(finding.found) and math.isfinite(finding.error)
+        assert finding.holds, f"{finding.what}: expected {finding.wanted}, found {finding.seen}"
+        assert finding.what in printed
+    for beginning, (number, tolerance) in NUMBERS[name].items():
+        finding = claim[beginning]
+        assert finding.kind == "equal"
+        assert finding.expected == pytest.approx(number, rel=1e-12, abs=1e-15)
+        assert finding.num_errors * finding.error + finding.rounding <= tolerance
+    html = page.read_text(encoding="utf-8")
+    assert "<svg" in html and html.count("<tr>") == 1 + len(claim.findings)
+    assert f"Report: {page}" in printed
+
+
+@pytest.mark.slow
+def test_full_run_writes_the_report_of_its_sweep(tmp_path, capsys):
+    claim = importlib.import_module("analyses.penalty").main(["--out", str(tmp_path / "penalty.html")])
+    assert len(claim.paths) == 1 and claim.holds
+    assert 'href="penalty_sweep.html"' in (tmp_path / "penalty.html").read_text(encoding="utf-8")
+    assert "<html" in (tmp_path / "penalty_sweep.html").read_text(encoding="utf-8")
+    assert "C7" in capsys.readouterr().out
+
+
+def test_every_claim_is_stated_with_its_numbers():
+    assert set(NUMBERS) == set(ANALYSES)
+    assert all(NUMBERS.values())
+
+
+@pytest.mark.parametrize(
+    ("finding", "holds"),
+    [
+        (Finding("exact", 1.0, 1.0 + 1e-12), True),
+        (Finding("exact", 1.0, 1.0 + 1e-8), False),
+        (Finding("drawn", 1.0, 1.39, 0.1), True),
+        (Finding("drawn", 1.0, 1.41, 0.1), False),
+        (Finding("not a number", 1.0, math.nan, 0.1), False),
+        (Finding("bound", 1.0, 1.41, 0.1, kind="above"), True),
+        (Finding("bound within its error", 1.0, 1.39, 0.1, kind="above"), False),
+        (Finding("bound", 1.0, 0.59, 0.1, kind="below"), True),
+        (Finding("bound", 1.0, 0.61, 0.1, kind="below"), False),
+    ],
+)
+def test_finding_knows_whether_it_holds(finding, holds):
+    assert finding.holds is holds
