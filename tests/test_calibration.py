@@ -18,7 +18,11 @@ from bayestie._engines import _nuts
 from bayestie._errors import ModelError, OptionError
 from bayestie._tie_priors import TiePrior
 
-LEVEL = 0.001  # for all p-values of a run together (Bonferroni)
+# Calibrations that must pass, in all tests of this file together: laplace, svi and nuts for each form (nuts
+# in pieces), a grid, and what stands unbroken beside what is broken. Of all their p-values together one set in
+# a thousand is refused (Bonferroni).
+CALIBRATIONS = 2 * 3 + 11 + 1 + 2 + 1
+LEVEL = 0.001
 FORMS = {
     "level": list(TIES),
     "copies": [name for name, tie in TIES.items() if not any(p.hub or p.anchored for p in tie.components)],
@@ -42,7 +46,7 @@ def _together(names, form):
 
 def _smallest(found):
     """The smallest p-value as a share of what Bonferroni allows: below 1 is a failure."""
-    return float(found.p_value.min()) * found.p_value.size / LEVEL
+    return float(found.p_value.min()) * found.p_value.size * CALIBRATIONS / LEVEL
 
 
 @pytest.mark.parametrize("engine", ["laplace", "svi"])
@@ -57,7 +61,7 @@ def test_exact_engines_are_calibrated_for_every_tie(form, engine):
         num_chains=1,
         num_draws=99,
         target_ess=99,
-        engine="laplace",
+        engine=engine,
     )
     assert found.certified.all() and _smallest(found) > 1
     assert {"log_likelihood", "theta_0[0]", "theta_0_z[0]"} <= set(found.quantity.values)
@@ -79,7 +83,7 @@ def test_nuts_is_calibrated_for_every_tie(form, monkeypatch):
         found = bt.calibrate(
             model, y, sigma=0.8, num_data=120, num_chains=2, num_draws=80, target_ess=50, engine="nuts"
         )
-        assert _smallest(found) * 4 > 1
+        assert _smallest(found) > 1
 
 
 def test_a_grid_with_both_ends_is_calibrated():
@@ -127,7 +131,7 @@ def test_a_broken_filter_is_seen(factor, monkeypatch):
 
     monkeypatch.setattr(_calibration, "simulate_data", simulate_then_break)
     broken = bt.calibrate(_steps, torch.zeros(4), sigma=1.0, num_data=200, num_draws=50, target_ess=100)
-    assert _smallest(broken) < 1e-3 and broken.outside.any()
+    assert _smallest(broken) < 1 and broken.outside.any()
     # Too soft a filter leaves posteriors too wide: ranks pile up in the middle; too hard, at the ends.
     ranks = broken.ranks.sel(quantity=["theta_z[0]", "theta_z[1]", "theta_z[2]"]).values
     middle = ((ranks >= 25) & (ranks < 75)).mean()
