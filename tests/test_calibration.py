@@ -19,8 +19,8 @@ from bayestie._errors import ModelError, OptionError
 from bayestie._tie_priors import TiePrior
 
 # Calibrations that must pass, in all tests of this file together: laplace, svi and nuts for each form (nuts
-# in pieces), a grid, and what stands unbroken beside what is broken. Of all their p-values together one set in
-# a thousand is refused (Bonferroni).
+# in pieces), a grid, and what stands unbroken beside what is broken. Of all their p-values together one set
+# in a thousand is refused (Bonferroni).
 CALIBRATIONS = 2 * 3 + 11 + 1 + 2 + 1
 LEVEL = 0.001
 FORMS = {
