@@ -38,9 +38,10 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
     Returns:
         Dataset over the swept dims, in nats: ``elpd`` with ``elpd_se`` (spread over observations) and
         ``elpd_mcse`` (Monte Carlo error), ``p_loo``, ``max_pareto_k``, ``num_bad_k`` (observations with k
-        above ``good_k``: there the value is not to be trusted), ``elpd_difference`` to the best strength (0
-        there, negative elsewhere) with the paired ``elpd_difference_se``, and ``weight``, the stacking
-        weights, which sum to one. Differences below 4, or within two of their errors, decide nothing.
+        above ``good_k``: there the value is not to be trusted, and `loo_refits` refits exactly),
+        ``elpd_difference`` to the best strength (0 there, negative elsewhere) with the paired
+        ``elpd_difference_se``, and ``weight``, the stacking weights, which sum to one. Differences below 4,
+        or within two of their errors, decide nothing.
         Pointwise ``elpd_i`` and ``pareto_k`` have the dim ``observation``. Where log_likelihood was
         not kept, ``elpd``, ``elpd_se``, ``p_loo`` and ``max_pareto_k`` are those the sweep streamed,
         differences have no error (NaN) and the rest is missing; attribute ``source`` says which.
