@@ -47,7 +47,13 @@ class AxisProposal:
 
     def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
-        uniform = torch.special.ndtr(noise).mT.contiguous()  # (P, D, batch)
+        t, log_density = self.along_axes(torch.special.ndtr(noise).mT)
+        position = self.mode.unsqueeze(1) + torch.bmm(t.mT, self.factor.mT)
+        return position, log_density.sum(1) - self.log_det.unsqueeze(1)
+
+    def along_axes(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantiles t at probabilities (P, D, n), and the log density of every axis there."""
+        uniform = uniform.contiguous()
         cell = torch.searchsorted(self.cumulative, uniform, right=True).clamp(1, len(self.edges) - 1) - 1
         left, right = self.edges[cell], self.edges[cell + 1]
         low, high = self.log_height.gather(-1, cell), self.log_height.gather(-1, cell + 1)
@@ -59,9 +65,7 @@ class AxisProposal:
         safe = torch.where(steep, slope, 1.0)
         inside = torch.where(steep, torch.log1p(share * torch.expm1(safe)) / safe, share)
         inside = inside.clamp(0.0, 1.0)
-        t = left + (right - left) * inside
-        log_density = (low + slope * inside).sum(1) - self.log_det.unsqueeze(1)
-        return self.mode.unsqueeze(1) + torch.bmm(t.mT, self.factor.mT), log_density
+        return left + (right - left) * inside, low + slope * inside
 
     def log_density(self, position: Tensor) -> Tensor:
         """Log density at positions (P, batch, D); -inf outside the cells."""

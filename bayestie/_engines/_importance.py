@@ -165,7 +165,7 @@ class ImportancePool:
             mean = torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
             relative = torch.exp(log_weight - mean)
             evidence.append(log_weight.mean() if exact else mean)
-            errors.append(mean.new_zeros(()) if exact else relative.std() / math.sqrt(len(log_weight)))
+            errors.append(mean.new_zeros(()) if exact else _mean_error(relative, float(self.khat[i])))
             ess.append(self.ess[i].new_tensor(torch.inf) if exact else self.ess[i])
             certified.append(ok)
             reasons.append(reason)
@@ -219,3 +219,14 @@ class ImportancePool:
         if ess < needed:
             return False, f"the importance weights' effective sample size {ess:.0f} is below {needed:.0f}"
         return True, f"importance weights have khat {khat:.2f} and effective sample size {ess:.0f}"
+
+
+def _mean_error(relative: Tensor, khat: float) -> Tensor:
+    """Standard error of the mean of weights with that tail.
+
+    Above khat 1/2 their variance is infinite and the mean converges as n^(khat - 1), not as n^(-1/2) (Vehtari
+    et al. 2024, section 3): the spread that was seen is too small by as much.
+    """
+    num = len(relative)
+    heavy = min(max(khat - 0.5, 0.0), 0.5) if math.isfinite(khat) else 0.0
+    return relative.std() / math.sqrt(num) * num**heavy

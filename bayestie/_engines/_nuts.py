@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bayestie._engines._axis_map import AxisMap, axis_map
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._protocol import Draws, Interrupted, Task
-from bayestie._engines._quality import chain_verdict, is_good, quality
+from bayestie._engines._quality import chain_verdict, is_good, qualities
 
 MAX_DEPTH = 10
 MAX_ENERGY_ERROR = 1000.0
@@ -29,6 +30,7 @@ SHORTEST = 50  # draws of a short chain in a round, at least
 FIRST_ROUND = 1.4  # times what is stored: R-hat of many quantities at once needs some 1,400 draws
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 16  # times the first round, at most
+_JUDGED = 5_000_000  # numbers judged together
 STATISTICS = ("lp", "energy", "acceptance_rate", "step_size", "n_steps", "tree_depth", "diverging")
 
 
@@ -76,12 +78,41 @@ class _StepSize:
         self.log_step = self.average.clone()
 
 
+@dataclass
+class _Coordinates:
+    """The sampler's coordinates z of every point: u = mode + factor T(scale z), without a map T(x) = x."""
+
+    task: Task
+    fit: LaplaceFit
+    scale: Tensor  # (P, D)
+    map: AxisMap | None
+
+    def take(self, index: Tensor) -> "_Coordinates":
+        kept = None if self.map is None else self.map.take(index)
+        return _Coordinates(self.task, self.fit.take(index), self.scale[index], kept)
+
+    def to_position(self, z: Tensor) -> Tensor:
+        """(P, batch, D) -> (P, batch, num_latent)."""
+        scaled = z * self.scale.unsqueeze(1)
+        return self.fit.to_position(scaled if self.map is None else self.map(scaled)[0])
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log density of u (P, batch); that of z but for a constant, and its gradient by z."""
+        scaled, slope, bend = z * self.scale.unsqueeze(1), None, None
+        if self.map is not None:
+            scaled, slope, bend = self.map(scaled)
+        value, grad = self.task.density.value_and_grad(self.fit.points, self.fit.to_position(scaled))
+        grad, own = torch.bmm(grad, self.fit.factor), value
+        if slope is not None and bend is not None:
+            own, grad = value + slope.log().sum(-1), grad * slope + bend / slope
+        return value, own, grad * self.scale.unsqueeze(1)
+
+
 class _Lanes:
     """The state machine for P x C lanes; flat lane axis L = P C. Lanes that are done leave the batch."""
 
-    def __init__(self, task: Task, fit: LaplaceFit, scale: Tensor, z: Tensor, stream: int):
-        self.task, self.stream = task, stream
-        self.all_points, self.fit, self.scale = fit.points, fit, scale  # scale (P, D): diagonal metric
+    def __init__(self, coordinates: _Coordinates, z: Tensor, stream: int):
+        self.coordinates, self.stream = coordinates, stream
         self.num_points, self.num_chains, self.dim = z.shape
         self.z = z.reshape(-1, self.dim).clone()
         # What is still in the batch: rows of the points, and of every lane its number among all.
@@ -92,11 +123,9 @@ class _Lanes:
         self.useful = 0
 
     def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density and gradient in the sampler's coordinates u = mode + factor (scale * z)."""
-        scaled = z.reshape(len(self.rows), -1, self.dim) * self.scale.unsqueeze(1)
-        value, grad = self.task.density.value_and_grad(self.fit.points, self.fit.to_position(scaled))
-        grad = torch.bmm(grad, self.fit.factor) * self.scale.unsqueeze(1)
-        return value.reshape(-1), grad.reshape(-1, self.dim)
+        """Log densities of u and z, (L, 2), and the gradient of the latter, (L, D)."""
+        value, own, grad = self.coordinates.evaluate(z.reshape(len(self.rows), -1, self.dim))
+        return torch.stack([value.reshape(-1), own.reshape(-1)], 1), grad.reshape(-1, self.dim)
 
     def run(self, num_draws: int, step: _StepSize, adapt: bool, max_depth: int = MAX_DEPTH) -> _Round:
         """``num_draws`` trajectories in every lane."""
@@ -110,8 +139,7 @@ class _Lanes:
         while True:
             for t in range(1, TICKS_PER_BLOCK + 1):
                 z, p = state.propose()
-                value, grad = self._evaluate(z)
-                ended = state.advance(z, p, value, grad, uniforms[t])
+                ended = state.advance(z, p, *self._evaluate(z), uniforms[t])
                 self.ticks += 1
                 self.leapfrogs += len(z)
                 busy = count < num_draws
@@ -157,12 +185,12 @@ class _Lanes:
         first = table[points].long().argsort(dim=1, descending=True, stable=True)[:, :width]
         lanes = (points.unsqueeze(1) * table.shape[1] + first).reshape(-1)
         self.rows, self.lane = self.rows[points], self.lane[lanes]
-        self.fit, self.scale = self.fit.take(points), self.scale[points]
+        self.coordinates = self.coordinates.take(points)
         return lanes
 
     def _report(self, done: int, total: int, adapt: bool) -> None:
         stage = "nuts warmup" if adapt else "nuts"
-        self.task.progress({"stage": stage, "draws_done": done, "draws_total": total})
+        self.coordinates.task.progress({"stage": stage, "draws_done": done, "draws_total": total})
 
     def _steps(self, step: _StepSize) -> Tensor:
         return step.log_step[self.rows].exp().repeat_interleave(len(self.lane) // len(self.rows))
@@ -171,8 +199,8 @@ class _Lanes:
         """Normals (ticks + 1, L, D) and uniforms (ticks + 1, L, 4), keyed by (seed, point, block)."""
         normals, uniforms = [], []
         table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
-        for point, chains in zip(self.fit.points.tolist(), table, strict=True):
-            rng = self.task.generator(201, self.stream, point, self.ticks)
+        for point, chains in zip(self.coordinates.fit.points.tolist(), table, strict=True):
+            rng = self.coordinates.task.generator(201, self.stream, point, self.ticks)
             shape = (TICKS_PER_BLOCK + 1, self.num_chains)
             uniforms.append(torch.as_tensor(rng.random((*shape, 4))[:, chains]))
             normals.append(torch.as_tensor(rng.standard_normal((*shape, self.dim))[:, chains]))
@@ -183,15 +211,15 @@ class _State:
     """One trajectory in every lane. Vectors that change together are stacked, so a tick is few operations.
 
     ends (L, 2, 3, D): position, momentum and gradient at the left and right end of the trajectory.
-    Drawn points carry (position, gradient) (L, 2, D) and (log density, energy) (L, 2).
+    Drawn points carry (position, gradient) (L, 2, D) and (log density of u, of z, energy) (L, 3).
     """
 
-    def __init__(self, z: Tensor, value: Tensor, grad: Tensor, max_depth: int):
+    def __init__(self, z: Tensor, values: Tensor, grad: Tensor, max_depth: int):
         lanes, dim = z.shape
         self.max_depth = max_depth
         self.rows = torch.arange(lanes, device=z.device)
         self.last = torch.stack([z, grad], 1)  # the chain's current draw
-        self.last_value = torch.stack([value, value], 1)
+        self.last_value = torch.cat([values, -values[:, 1:]], 1)
         self.drawn, self.drawn_value = self.last.clone(), self.last_value.clone()  # from the tree so far
         self.sub, self.sub_value = self.last.clone(), self.last_value.clone()  # from the subtree being built
         self.ends = z.new_zeros(lanes, 2, 3, dim)
@@ -216,11 +244,11 @@ class _State:
 
     def start(self, mask: Tensor, momentum: Tensor, uniforms: Tensor, step: Tensor) -> None:
         """Begin a new trajectory from the last draw in the lanes of ``mask``."""
-        energy = 0.5 * momentum.square().sum(-1) - self.last_value[:, 0]
+        energy = 0.5 * momentum.square().sum(-1) - self.last_value[:, 1]
         end = torch.stack([self.last[:, 0], momentum, self.last[:, 1]], 1).unsqueeze(1)
         self.ends = torch.where(mask.view(-1, 1, 1, 1), end, self.ends)
         self.drawn = torch.where(mask.view(-1, 1, 1), self.last, self.drawn)
-        value = torch.stack([self.last_value[:, 0], energy], 1)
+        value = torch.cat([self.last_value[:, :2], energy.unsqueeze(1)], 1)
         self.drawn_value = torch.where(mask.unsqueeze(1), value, self.drawn_value)
         self.sums = torch.where(mask.view(-1, 1, 1), momentum.unsqueeze(1), self.sums)
         self.start_energy = torch.where(mask, energy, self.start_energy)
@@ -243,10 +271,10 @@ class _State:
         half = p + 0.5 * signed * g
         return z + signed * half, half
 
-    def advance(self, z: Tensor, half: Tensor, value: Tensor, grad: Tensor, uniforms: Tensor) -> Tensor:
+    def advance(self, z: Tensor, half: Tensor, values: Tensor, grad: Tensor, uniforms: Tensor) -> Tensor:
         """The other half, and the new leaf's place in the tree; returns which trajectories ended."""
         p = half + 0.5 * (self.step * self.sign).unsqueeze(-1) * grad
-        energy = 0.5 * p.square().sum(-1) - value
+        energy = 0.5 * p.square().sum(-1) - values[:, 1]
         delta = self.start_energy - energy
         delta = torch.where(torch.isnan(delta), -torch.inf, delta)
         self.diverging = delta < -MAX_ENERGY_ERROR
@@ -258,7 +286,9 @@ class _State:
         self.sub_weight = torch.logaddexp(self.sub_weight, delta)
         take = uniforms[:, 1].log() < delta - self.sub_weight
         self.sub = torch.where(take.view(-1, 1, 1), torch.stack([z, grad], 1), self.sub)
-        self.sub_value = torch.where(take.unsqueeze(1), torch.stack([value, energy], 1), self.sub_value)
+        self.sub_value = torch.where(
+            take.unsqueeze(1), torch.cat([values, energy.unsqueeze(1)], 1), self.sub_value
+        )
         self.sums[:, 1] += p
         broken = self._turning_in_subtree(p) | self.diverging
 
@@ -284,7 +314,7 @@ class _State:
         """STATISTICS of the trajectory as it stands, (L, 7)."""
         columns = (
             self.last_value[:, 0],
-            self.last_value[:, 1],
+            self.last_value[:, 2],
             self.accept / self.leaves,
             self.step,
             self.leaves,
@@ -340,10 +370,11 @@ class _Sampler:
     """
 
     def __init__(self, task: Task, points: Tensor, fit: LaplaceFit):
-        # The density's own axes suit a diagonal metric better than any others.
-        oriented = task.density.axes(fit.points, fit.factor)
-        self.task, self.points, self.fit = task, points, replace(fit, factor=oriented)
+        # The density's own axes suit a diagonal metric, and maps along them, better than any others.
         dim = fit.mode.shape[1]
+        oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
+        self.task, self.points = task, points
+        self.at = _Coordinates(task, oriented, torch.ones_like(fit.mode), axis_map(task, oriented))
         self.begin = time.perf_counter()
         self.pieces = self._num_pieces(len(points))
         self.num_chains = task.num_chains * self.pieces
@@ -351,7 +382,6 @@ class _Sampler:
         starts = [task.normals((dim,), 202, int(p), c) for p in points for c in range(task.num_chains)]
         self.z = 1.3 * torch.stack(starts).repeat_interleave(self.pieces, 0)
         self.z = self.z.reshape(len(points), self.num_chains, dim)
-        self.scale = torch.ones_like(fit.mode)
         self.step = _StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(fit.mode))
         self.useful = self.executed = 0
         self.stream = 0
@@ -364,7 +394,7 @@ class _Sampler:
 
     def _lanes(self) -> _Lanes:
         self.stream += 1
-        return _Lanes(self.task, self.fit, self.scale, self.z, self.stream)
+        return _Lanes(self.at, self.z, self.stream)
 
     def _run(self, lanes: _Lanes, num_draws: int, adapt: bool, max_depth: int = MAX_DEPTH) -> _Round:
         result = lanes.run(num_draws, self.step, adapt, max_depth)
@@ -378,7 +408,7 @@ class _Sampler:
         # The first steps may be far too small; shallow trees keep them cheap.
         self._run(self._lanes(), FIRST_WARMUP, adapt=True, max_depth=5)
         window = max(16, METRIC_DRAWS // self.num_chains)
-        for factor in (1,) if bool(self.fit.converged.all()) else (1, 2):
+        for factor in (1,) if bool(self.at.fit.converged.all()) else (1, 2):
             self.step.restart()
             result = self._run(self._lanes(), factor * window, adapt=True, max_depth=7)
             self._learn_scale(result.z[:, :, factor * window // 4 :])
@@ -391,7 +421,7 @@ class _Sampler:
         sd = z.flatten(1, 2).std(1)
         # Shrunk towards the Laplace scale as Stan shrinks its variances towards a constant.
         ratio = ((count * sd.square() + 10.0) / (count + 10.0)).sqrt()
-        self.scale = self.scale * ratio
+        self.at.scale = self.at.scale * ratio
         self.z = self.z / ratio.unsqueeze(1)
 
     def sample(self) -> Draws:
@@ -425,13 +455,12 @@ class _Sampler:
     def _round(self, active: Tensor, num_draws: int) -> Tensor:
         """One round at the active points; the rows of those that need more."""
         result = self._run(self._lanes(), num_draws, adapt=False)
-        z = result.z.flatten(1, 2) * self.scale.unsqueeze(1)
-        position = self.fit.to_position(z).reshape(result.z.shape)
-        still = []
+        position = self.at.to_position(result.z.flatten(1, 2)).reshape(result.z.shape)
         for row, i in enumerate(active.tolist()):
             self.kept[i].append((position[row], {name: x[row] for name, x in result.stats.items()}))
-            if not self._is_good(i, self.points[row : row + 1]):
-                still.append(row)
+        self._judge(active)
+        good = [is_good(self.quality[i], self.task.target_ess) for i in active.tolist()]
+        still = [row for row, ok in enumerate(good) if not ok]
         count = len(self.all_points)
         self.task.progress(
             {
@@ -444,25 +473,32 @@ class _Sampler:
         )
         return torch.tensor(still, dtype=torch.long, device=self.points.device)
 
-    def _is_good(self, i: int, point: Tensor) -> bool:
-        """Judge a point's draws, all of them or without the older half; what is judged good is kept."""
-        rounds, target = self.kept[i], self.task.target_ess
-        self.quality[i] = self._quality(point, self._joined([z for z, _ in rounds]))
-        if is_good(self.quality[i], target):
-            return True
-        half, newer = sum(z.shape[1] for z, _ in rounds) // 2, list(rounds)
-        while sum(z.shape[1] for z, _ in newer[1:]) >= half and len(newer) > 1:
-            newer.pop(0)
-        if len(newer) == len(rounds) or self._num_joined(newer) < self.task.num_draws:
-            return False
-        quality = self._quality(point, self._joined([z for z, _ in newer]))
-        if not is_good(quality, target):
-            return False
-        self.kept[i], self.quality[i] = newer, quality
-        return True
+    def _judge(self, active: Tensor) -> None:
+        """Quality of all draws of the active points, or of the newer half where that alone is good."""
+        points = active.tolist()
+        self._judge_from(points, self.points, 0)
+        sizes = [z.shape[1] for z, _ in self.kept[points[0]]]
+        newest = max(i for i in range(len(sizes)) if 2 * sum(sizes[i:]) >= sum(sizes))
+        bad = [row for row, i in enumerate(points) if not is_good(self.quality[i], self.task.target_ess)]
+        if newest and bad and self.pieces * sum(sizes[newest:]) >= self.task.num_draws:
+            rows = torch.tensor(bad, device=self.points.device)
+            self._judge_from([points[row] for row in bad], self.points[rows], newest)
 
-    def _num_joined(self, rounds: list[tuple[Tensor, dict[str, Tensor]]]) -> int:
-        return self.pieces * sum(z.shape[1] for z, _ in rounds)
+    def _judge_from(self, numbers: list[int], points: Tensor, oldest: int) -> None:
+        """Judge the rounds from ``oldest`` on; if older ones are left out, keep the verdict only if good."""
+        draws = torch.stack([self._joined([z for z, _ in self.kept[i][oldest:]]) for i in numbers])
+        per_point = max(1, draws[0].numel())
+        for part in range(0, len(numbers), max(1, _JUDGED // per_point)):
+            some = slice(part, part + max(1, _JUDGED // per_point))
+            # Of latents in their own scale: ranks do not see which, where the map is monotone.
+            values = draws[some]
+            if self.task.quantities is not None:
+                values = self.task.quantities(points[some], values)
+            for i, found in zip(numbers[some], qualities(values), strict=True):
+                if oldest == 0:
+                    self.quality[i] = found
+                elif is_good(found, self.task.target_ess):
+                    self.quality[i], self.kept[i] = found, self.kept[i][oldest:]
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         """Rounds of short chains (C pieces, n, ...) -> stored chains (C, pieces n, ...), end to end."""
@@ -470,16 +506,8 @@ class _Sampler:
         return whole.reshape(self.task.num_chains, -1, *whole.shape[2:])
 
     def _keep_only(self, rows: Tensor) -> None:
-        self.points, self.fit = self.points[rows], self.fit.take(rows)
-        self.scale, self.z = self.scale[rows], self.z[rows]
+        self.points, self.at, self.z = self.points[rows], self.at.take(rows), self.z[rows]
         self.step = _StepSize(self.step.log_step[rows].exp())
-
-    def _quality(self, point: Tensor, draws: Tensor) -> tuple[float, float, float]:
-        """(max R-hat, min bulk ESS, min tail ESS) over all posterior variables of a point."""
-        if self.task.quantities is None:
-            return quality(draws)
-        # Of latents in their own scale: ranks do not see which, where the map is monotone.
-        return quality(self.task.quantities(point, draws.unsqueeze(0))[0])
 
     def _draws(self, rows: list[int]) -> Draws:
         task = self.task

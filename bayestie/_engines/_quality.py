@@ -1,5 +1,6 @@
 """When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
 
+import torch
 from torch import Tensor
 
 from bayestie._diagnostics import diagnose
@@ -15,6 +16,23 @@ def quality(draws: Tensor) -> tuple[float, float, float]:
         return float("inf"), 0.0, 0.0
     rhat, bulk, tail = diagnose(moving)
     return float(rhat.max()), float(bulk.min()), float(tail.min())
+
+
+def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
+    """`quality` of every point of (P, chains, draws, Q)."""
+    num_points, _, _, columns = draws.shape
+    joined = draws.permute(1, 2, 0, 3).flatten(2)
+    moving = joined.amax((0, 1)) > joined.amin((0, 1))
+    measured = torch.full((3, num_points * columns), torch.nan, dtype=draws.dtype, device=draws.device)
+    measured[:, moving] = torch.stack(diagnose(joined[..., moving]))
+    found = []
+    for rhat, bulk, tail in measured.reshape(3, num_points, columns).unbind(1):
+        held = ~torch.isnan(bulk)
+        if bool(held.any()):
+            found.append((float(rhat[held].max()), float(bulk[held].min()), float(tail[held].min())))
+        else:
+            found.append((float("inf"), 0.0, 0.0))
+    return found
 
 
 def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
