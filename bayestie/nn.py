@@ -4,8 +4,8 @@
 named parameters of one module (an encoder and its transpose, an embedding pair), `soft_conv2d` the kernels
 of a convolution over places. Each states Pyro sites and gives back a callable, inside a Pyro model.
 
-Make the modules outside the model, or in it by `torch.nn.utils.skip_init`: PyTorch's initial values are
-random numbers, which lanes may not draw.
+Make the modules outside the model, and pass them as arguments where their sizes depend on the data: PyTorch's
+initial values are random numbers, which lanes may not draw.
 """
 
 import difflib

@@ -14,9 +14,12 @@ from analyses._claims import Finding
 ANALYSES = {
     "adamw_decay": "C13",
     "bias_variance": "C2",
+    "bond_types": "C16",
     "capacity": "C1, C10",
     "equivariance": "C14",
     "penalty": "C7",
+    "recurrent": "C3",
+    "residual_depth": "C4",
     "shared_filter": "C11",
     "siamese": "C6",
     "toeplitz": "C5",
@@ -35,6 +38,12 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
         "s^2 below e^2/n: risk of hard": (-0.0875, 0.05),
         "s^2 above e^2/n: risk of hard": (0.175, 0.05),
         "threshold of s^2": (0.2, 0.06),
+    },
+    "bond_types": {
+        "single bonds, sigma = 0": (3, 0.3),
+        "double bonds, sigma = 0": (6, 0.4),
+        "triple bonds, sigma = 0": (9, 0.4),
+        "sigma = 0: largest difference": (0, 1e-9),
     },
     "capacity": {
         "32x32x3 to 28x28x8, 5x5: parameters": (608, 0.5),
@@ -55,6 +64,20 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
         "form level: mean": (2, 0.01),
         "form matched: variance": (2, 0.01),
         "sigma = 0: largest difference": (0, 1e-9),
+    },
+    "recurrent": {
+        "cells tied": (0, 1e-9),
+        "symmetric W, s sigma_max = 0.5": (math.log(0.5), 1e-9),
+        "rotation W, s sigma_max = 2": (math.log(2), 1e-9),
+        "autograd": (math.log(0.9), 1e-9),
+        "posterior at sigma = 0, true sigma_max 1.25: growth": (math.log(1.25), 0.1),
+    },
+    "residual_depth": {
+        "five blocks": (0, 1e-9),
+        "distance of the limit": (0, 1e-9),
+        "log convergence rate": (math.log(0.6), 1e-5),
+        "posterior at sigma = 0: fixed point, x": (0.5, 0.1),
+        "posterior at sigma = 0: spectral radius": (0.6, 0.1),
     },
     "shared_filter": {"T = 4": (0.25, 0.1)},
     "siamese": {
