@@ -26,7 +26,8 @@ _BRIDGE_STEPS = 200
 def evidence(path: xr.DataTree) -> xr.Dataset:
     r"""Log evidence log p(y | sigma) of every strength, estimated in several ways that must agree.
 
-    - ``laplace``: importance sampling from the Laplace Gaussian g, by the engine.
+    - ``laplace``: importance sampling from the Laplace Gaussian g, by the engine. Not used in what follows
+      where its weights have khat above 0.7, or ``auto`` refused them and ran chains.
     - ``bridge``: bridge sampling between the posterior draws and g: the fixed point of
 
       .. math:: Z = \frac{E_g[p / (n_1 p + n_2 Z g)]}{E_{post}[g / (n_1 p + n_2 Z g)]},
@@ -65,7 +66,7 @@ def evidence(path: xr.DataTree) -> xr.Dataset:
     laplace, laplace_error = _laplace(path)
     khat = sweep_value(path, "khat")
     khat = xr.full_like(laplace, -math.inf) if khat is None else khat.astype(float)
-    trusted = (khat <= KHAT_LIMIT) & np.isfinite(laplace)
+    trusted = (khat <= KHAT_LIMIT) & np.isfinite(laplace) & ~_refused(path, laplace)
     bridge, bridge_error = _bridge(path, laplace)
     mbar, mbar_error = _mbar(path, laplace)
     # An error of a nat says that the strengths' draws hardly reach one another: it is no error any more.
@@ -114,6 +115,18 @@ def _laplace(path: xr.DataTree) -> tuple[xr.DataArray, xr.DataArray]:
     if value is None or error is None:
         return _empty(path), _empty(path)
     return value.astype(float), error.astype(float)
+
+
+def _refused(path: xr.DataTree, like: xr.DataArray) -> np.ndarray:
+    """True where chains took over from the Laplace weights.
+
+    Where the weights missed a tail their khat looks best, and their evidence is too small: among strengths
+    whose weights were refused, khat alone picks out the worst.
+    """
+    engine = sweep_value(path, "engine")
+    if engine is None or path.attrs.get("engine") != "auto":
+        return np.zeros(like.shape, dtype=bool)
+    return engine.transpose(*like.dims).values.astype(str) == "nuts"
 
 
 def _bridge(path: xr.DataTree, like: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:

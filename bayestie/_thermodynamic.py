@@ -82,22 +82,23 @@ class _End:
 class Rule:
     """Integration along log sigma from the smallest strength: relative log evidence = weights @ slopes.
 
-    order: sorts the strengths. weights, coarse: (n, n) in sorted order, for all points and for every
-    other one; their difference tells the quadrature error. ends: the integrals out to sigma = 0 and inf,
+    order: sorts the strengths. weights, coarse: (n, n) in sorted order, for all points, and for every other
+    one; a share of what these miss is the quadrature error. ends: the integrals out to sigma = 0 and inf,
     which no other strength checks.
     """
 
     order: NDArray[np.intp]
     weights: NDArray[np.float64]
-    coarse: NDArray[np.float64]
+    coarse: tuple[NDArray[np.float64], ...]
+    share: float
     ends: tuple[_End, ...] = ()
 
     def integrate(self, slope: NDArray, error: NDArray) -> tuple[NDArray, NDArray]:
         """Slopes and errors (n, ...) in the tree's order -> relative log evidence and its error, alike."""
         slope, error = slope[self.order], error[self.order]
         value = np.tensordot(self.weights, slope, 1)
-        gap = np.abs(value - np.tensordot(self.coarse, slope, 1)) / RICHARDSON
-        # Both rules may agree at one point by chance: its neighbours then know better.
+        gap = np.max([np.abs(value - np.tensordot(c, slope, 1)) for c in self.coarse], 0) * self.share
+        # Rules may agree at one point by chance: its neighbours then know better.
         quadrature = np.maximum(gap, np.maximum(_shift(gap, 1), _shift(gap, -1)))
         # Every rule is right where it starts.
         quadrature[0] = 0.0
@@ -125,11 +126,17 @@ def rule(values: NDArray) -> Rule:
     ordered = values[order]
     positive = np.flatnonzero((ordered > 0) & np.isfinite(ordered))
     if len(positive) == 0:  # an interrupted sweep may hold the hard end alone: there is nothing to integrate
-        return Rule(order, np.zeros((len(values),) * 2), np.zeros((len(values),) * 2))
+        return Rule(order, np.zeros((len(values),) * 2), (np.zeros((len(values),) * 2),), 1.0)
     full = _weights(ordered, positive)
-    thinned = positive[::2] if len(positive) % 2 else np.append(positive[:-1:2], positive[-1])
-    coarse = _weights(ordered, thinned) if len(positive) > 2 else 0.5 * full
-    return Rule(order, full, coarse, tuple(_ends(ordered, positive)))
+    if len(positive) == 1:
+        coarse = (0.5 * full,)
+    else:
+        # Of few points one thinning may come close by chance: both are tried.
+        starts, ends = ((0, 1) if len(positive) < 8 else (0,)), positive[[0, -1]]
+        coarse = tuple(_weights(ordered, np.union1d(positive[start::2], ends)) for start in starts)
+    # Of fewer points than five nothing says that the error falls at all yet.
+    share = 1.0 if len(positive) < 5 else 1.0 / RICHARDSON
+    return Rule(order, full, coarse, share, tuple(_ends(ordered, positive)))
 
 
 def _ends(ordered: NDArray, nodes: NDArray) -> Iterator[_End]:
