@@ -13,11 +13,23 @@ from synthetic import EFFECT, SCHOOLS, STDERR, eight_schools_tree, fit_tree, nor
 
 from bayestie._errors import NameLookupError
 from bayestie._results import build_tree, select
-from bayestie.plots import plot_copies, plot_evidence, plot_pooling, plot_predictive, plot_strength_paths
+from bayestie._strength import hard_vs_soft, strength_posterior
+from bayestie._verdict import default_prior
+from bayestie.plots import (
+    plot_copies,
+    plot_evidence,
+    plot_pooling,
+    plot_predictive,
+    plot_strength,
+    plot_strength_paths,
+    plot_tension,
+)
 from bayestie.plots._axis import STRENGTH_AXES, best_index, best_point, strength_axis
 from bayestie.plots._paths import highlighted
 from bayestie.plots._predictive import checks_of
+from bayestie.plots._strength import factors_of
 from bayestie.plots._style import BAD, short
+from bayestie.plots._tension import MOST_EDGES, pulls_of
 from bayestie.plots._values import copies_of
 
 PLOTS = [plot_strength_paths, plot_evidence, plot_pooling, plot_predictive]
@@ -305,3 +317,56 @@ def test_what_cannot_be_drawn_is_named(call, words):
 def test_labels_are_cut_in_the_middle(label, length, expected):
     assert short(label, length) == expected
     assert len(short(label, length)) <= length
+
+
+# -- the strength itself, and tension ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [7.2, 3.5])
+def test_strength_shows_the_posterior_and_the_bayes_factors(width):
+    tree = eight_schools_tree()
+    figure = plot_strength(tree, width=width)
+    left, right = figure.axes
+    prior = default_prior(tree["sweep"].to_dataset()["sigma"].values)
+    posterior, factor = strength_posterior(tree, prior), hard_vs_soft(tree, prior)
+    # Density of log sigma: it peaks where density times sigma does.
+    sigma = posterior["sigma"].values
+    peak = sigma[int(np.argmax(posterior["density"].values * sigma))]
+    line = max(left.lines, key=points)
+    assert 10 ** line.get_xdata()[int(np.argmax(line.get_ydata()))] == pytest.approx(peak)
+    rows = [line.get_ydata() for line in right.lines if points(line) == factor.sizes["scale"]]
+    np.testing.assert_allclose(np.stack(rows), factor["sensitivity"].values)
+    dot = next(line for line in right.lines if points(line) == 1)
+    assert dot.get_ydata()[0] == float(factor["log_bayes_factor"])
+
+
+def test_a_sweep_of_one_strength_has_no_strength_figure():
+    tree = normal_means_tree(EFFECT, STDERR, labels=SCHOOLS, dim="school", strengths=(0.0, 1.0))
+    assert factors_of(tree) is None
+
+
+def test_tension_marks_the_tie_that_breaks():
+    y = np.zeros(40)
+    y[7] = 9.0
+    labels = [f"district {k}" for k in range(40)]
+    tree = normal_means_tree(y, np.full(40, 0.5), strengths=(0.0, 0.3, 1.0), labels=labels, dim="district")
+    (site,) = pulls_of(tree)
+    assert len(site.labels) == MOST_EDGES
+    assert (np.diff(np.abs(site.statistic)) <= 0).all()
+    assert site.labels[0] == "district 7"
+    assert site.where == "sigma = 1"
+    assert site.limit == pytest.approx(3.2272, abs=1e-3)  # normal quantile of 1 - 0.025 / 40
+    assert abs(site.statistic[0]) > site.limit > abs(site.statistic[1])
+    (axes,) = plot_tension(tree).axes
+    red = [line for line in axes.lines if line.get_color() == BAD]
+    assert [list(line.get_xdata()) for line in red] == [[site.statistic[0]]]
+
+
+def test_tension_without_a_recorded_strength_is_refused():
+    tree = many_copies(5)
+    records = json.loads(tree.attrs["ties"])
+    for record in records.values():
+        record["sigma_from"] = None
+    tree.attrs["ties"] = json.dumps(records)
+    with pytest.raises(NameLookupError, match="no tied site with a recorded strength"):
+        plot_tension(tree)

@@ -20,7 +20,17 @@ from bayestie._results import build_tree, save
 from bayestie._verdict import verdict
 
 STRENGTHS = (0.0, 0.5, 5.0, 30.0)
-SECTIONS = {"answer": 0, "paths": 1, "evidence": 1, "pooling": 1, "steps": 2, "diagnostics": 0, "run": 0}
+SECTIONS = {
+    "answer": 0,
+    "paths": 1,
+    "evidence": 1,
+    "strength": 1,
+    "pooling": 1,
+    "tension": 1,
+    "steps": 2,
+    "diagnostics": 0,
+    "run": 0,
+}
 HOSTILE = "<script>alert('x')</script>"
 
 
@@ -95,7 +105,7 @@ def test_ids_are_unique_and_every_reference_has_its_target():
 def test_every_figure_has_a_caption_and_a_text_alternative():
     reader = Reader(page())
     drawings = reader.all("svg")
-    assert len(drawings) == 3 * 2 + len(STRENGTHS) * 2
+    assert len(drawings) == 5 * 2 + len(STRENGTHS) * 2
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in drawings)
     figures, captions = reader.all("figure"), reader.all("figcaption")
     assert len(figures) == len(captions) == 3 + len(STRENGTHS)

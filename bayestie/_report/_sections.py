@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -11,9 +12,11 @@ from matplotlib.figure import Figure
 
 from bayestie._report._svg import inline_svg
 from bayestie._report._sweep_view import SweepView, Table
-from bayestie.plots import plot_evidence, plot_pooling, plot_strength_paths
+from bayestie.plots import plot_evidence, plot_pooling, plot_strength, plot_strength_paths, plot_tension
 from bayestie.plots._paths import MOST_PANELS
+from bayestie.plots._strength import Factors, factors_of
 from bayestie.plots._style import number
+from bayestie.plots._tension import Pulls, pulls_of
 from bayestie.plots._values import Copies
 
 WIDE, NARROW = 7.2, 3.5
@@ -30,11 +33,17 @@ class Section:
     table: Table | None = None
 
 
-def sections_of(view: SweepView) -> list[Section]:
-    """Strength paths, evidence with LOO, effective number of parameters."""
+def sections_of(view: SweepView, prior: Any = None) -> list[Section]:
+    """Strength paths, evidence with LOO, the strength's posterior, number of parameters, tension."""
     found = [_paths(view), _evidence(view)]
+    factors = factors_of(view.tree, prior)
+    if factors is not None:
+        found.append(_strength(view, factors, prior))
     if view.pooled:
         found.append(_pooling(view))
+    pulls = pulls_of(view.tree)
+    if pulls:
+        found.append(_tension(view, pulls))
     return found
 
 
@@ -124,6 +133,73 @@ def _evidence(view: SweepView) -> Section:
         _drawings(view, "evidence", " ".join(sentences), lambda width: plot_evidence(view.tree, width=width)),
         tuple(caption),
         Table(tuple(head), tuple(rows)),
+    )
+
+
+def _strength(view: SweepView, factors: Factors, prior: Any) -> Section:
+    name, posterior, factor = view.axis.name, factors.posterior, factors.factor
+    quantiles = [float(posterior["quantiles"].sel(quantile=q)) for q in (0.5, 0.025, 0.975)]
+    log_factor, error = (float(factor[key]) for key in ("log_bayes_factor", "log_bayes_factor_error"))
+    median = float(factor["prior_median"].values[len(factor["prior_median"]) // 2])
+    description = (
+        f"Under the prior {posterior.attrs['prior']}, {name} has posterior median {quantiles[0]:.3g}, 95% "
+        f"between {quantiles[1]:.3g} and {quantiles[2]:.3g}. The log Bayes factor of hard against soft "
+        f"sharing is {log_factor:+.2f}, with an error of {error:.2g}."
+    )
+    caption = [
+        f"Left, if sharing is soft: what the data and the prior (dashed; {posterior.attrs['prior']}) say of "
+        f"{name} together, on a log scale; the bar below holds it with probability 95%. Any other prior "
+        "can be put in afterwards, without a new fit.",
+        f"Right, one common value against soft sharing: above 0 the data speak for {name} = 0, below for "
+        "some spread; dashed lines stand at 3 to 1. The factor depends on the prior, so it is drawn for four "
+        f"families against their median; the dot is the prior on the left, median {number(median)}.",
+    ]
+    if not bool(posterior["covered"]):
+        caption.append(f"Not to be trusted: {posterior.attrs['reason']}.")
+    rows = tuple(
+        (str(kind), *(f"{x:+.2f}" for x in row))
+        for kind, row in zip(factor["kind"].values, factor["sensitivity"].values, strict=True)
+    )
+    head = ("log Bayes factor for hard", *(f"median {number(m)}" for m in factor["prior_median"].values))
+    return Section(
+        "strength",
+        "How strong the sharing is",
+        _drawings(
+            view, "strength", description, lambda width: plot_strength(view.tree, prior=prior, width=width)
+        ),
+        tuple(caption),
+        Table(head, rows),
+    )
+
+
+def _tension(view: SweepView, pulls: list[Pulls]) -> Section:
+    sentences = []
+    for site in pulls:
+        beyond = [
+            label for label, value in zip(site.labels, site.statistic, strict=True) if abs(value) > site.limit
+        ]
+        sentences.append(
+            f"{site.title}: {len(beyond)} of {site.num_edges} beyond what chance allows"
+            + (f" ({', '.join(beyond)})" if beyond else "")
+            + f"; the strongest pull is {site.statistic[0]:+.2f} at {site.labels[0]}."
+        )
+    caption = [
+        f"At {pulls[0].where}. How far the data pull a copy, or two neighbours, from what the tie expects, "
+        "in standard deviations of such pulls where the tie holds: 95% fall in the band. Dashed, the "
+        "limit for all of them together; a red dot beyond it is a tie that breaks.",
+        *sentences,
+    ]
+    rows = [
+        (label, f"{value:+.2f}", "beyond" if abs(value) > site.limit else "")
+        for site in pulls
+        for label, value in zip(site.labels, site.statistic, strict=True)
+    ]
+    return Section(
+        "tension",
+        "Which ties the data pull against",
+        _drawings(view, "tension", " ".join(sentences), lambda width: plot_tension(view.tree, width=width)),
+        tuple(caption),
+        Table(("tie", "pull", "verdict"), tuple(rows)),
     )
 
 

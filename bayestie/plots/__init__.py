@@ -1,8 +1,18 @@
-"""Figures of a results tree: strength paths, evidence, pooling, draws against data."""
+"""Figures of a results tree: strength paths, evidence, posterior of the strength, pooling, tension, draws."""
 
 from bayestie.plots._copies import plot_copies
 from bayestie.plots._curves import plot_evidence, plot_pooling
 from bayestie.plots._paths import plot_strength_paths
 from bayestie.plots._predictive import plot_predictive
+from bayestie.plots._strength import plot_strength
+from bayestie.plots._tension import plot_tension
 
-__all__ = ["plot_copies", "plot_evidence", "plot_pooling", "plot_predictive", "plot_strength_paths"]
+__all__ = [
+    "plot_copies",
+    "plot_evidence",
+    "plot_pooling",
+    "plot_predictive",
+    "plot_strength",
+    "plot_strength_paths",
+    "plot_tension",
+]
