@@ -108,7 +108,7 @@ def test_every_figure_has_a_caption_and_a_text_alternative():
     assert len(drawings) == 5 * 2 + len(STRENGTHS) * 2
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in drawings)
     figures, captions = reader.all("figure"), reader.all("figcaption")
-    assert len(figures) == len(captions) == 3 + len(STRENGTHS)
+    assert len(figures) == len(captions) == 5 + len(STRENGTHS)
     described = next(attrs["aria-label"] for attrs in drawings if "wide" in attrs["class"])
     assert "Choate" in described
     assert "sigma = 30" in described
