@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from pyro import poutine
 from typer.testing import CliRunner
 
 from bayestie.cli import app
@@ -22,8 +24,12 @@ def _blocks(language):
 def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = _blocks("python")
-    assert len(blocks) == 3
-    exec("\n".join(blocks), {})
+    assert len(blocks) == 4
+    tour = {}
+    exec("\n".join(blocks), tour)
+    images, labels = torch.randn(5, 1, 8, 8), torch.arange(5)
+    at_once = poutine.trace(tour["soft_convolution"]).get_trace(images, labels, sigma=torch.tensor(0.5))
+    assert at_once.nodes["kernel.weight"]["value"].shape == (36, 4, 1, 3, 3)
     assert (tmp_path / "schools.html").exists()
     assert "theta" in capsys.readouterr().out
 
