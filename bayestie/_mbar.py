@@ -124,37 +124,36 @@ def _solve(states: NDArray, weight: NDArray, count: NDArray) -> NDArray | None:
     if np.isnan(states).any():
         return None
     f = np.zeros(len(count))
-    objective, share = _objective(f, states, weight, count)
+    objective, log_share = _objective(f, states, weight, count)
     for _ in range(_STEPS):
-        gradient = weight @ share - count
+        gradient = weight @ np.exp(log_share) - count
         if np.abs(gradient / count).max() < _TOLERANCE:
             break
-        for step in _steps(share, weight, count, gradient):
+        for step in _steps(log_share, weight, count, gradient):
             trial, trial_share = _objective(f - step, states, weight, count)
-            closer = np.abs(weight @ trial_share - count).max() < np.abs(gradient).max()
+            closer = np.abs(weight @ np.exp(trial_share) - count).max() < np.abs(gradient).max()
             if trial < objective or closer:
                 break
         else:
             break  # rounding: nothing leads further down
-        f, objective, share = f - step, trial, trial_share
-    return -f if np.abs((weight @ share) / count - 1.0).max() < _ACCEPTED else None
+        f, objective, log_share = f - step, trial, trial_share
+    return -f if np.abs((weight @ np.exp(log_share)) / count - 1.0).max() < _ACCEPTED else None
 
 
 def _objective(f: NDArray, states: NDArray, weight: NDArray, count: NDArray) -> tuple[float, NDArray]:
-    """The convex function of f = -log Z, and each state's share in every draw."""
+    """The convex function of f = -log Z, and the log of each state's share in every draw."""
     terms = np.log(count) + f + states
-    mixture = np.asarray(logsumexp(terms, axis=1))
-    return float(weight @ mixture - count @ f), np.exp(terms - mixture[:, None])
+    mixture = logsumexp(terms, axis=1)
+    return float(weight @ mixture - count @ f), terms - mixture[:, None]
 
 
-def _steps(share: NDArray, weight: NDArray, count: NDArray, gradient: NDArray) -> Iterator[NDArray]:
-    """Newton's step, halved ever more, then the fixed point's own."""
+def _steps(log_share: NDArray, weight: NDArray, count: NDArray, gradient: NDArray) -> Iterator[NDArray]:
+    """Newton's step, halved ever more, then the fixed point's own, which leads down from anywhere."""
     with contextlib.suppress(np.linalg.LinAlgError):
-        newton = np.append(0.0, np.linalg.solve(_curvature(share, weight), gradient[1:]))
+        newton = np.append(0.0, np.linalg.solve(_curvature(np.exp(log_share), weight), gradient[1:]))
         if np.isfinite(newton).all():
             for power in range(12):
                 yield newton * 0.5**power
-    held = weight @ share
-    if (held > 0).all():
-        own = np.log(held / count)
-        yield own - own[0]
+    # In logs: far from the solution a share may be too small for a float.
+    own = np.asarray(logsumexp(log_share, axis=0, b=weight[:, None])) - np.log(count)
+    yield own - own[0]

@@ -60,7 +60,7 @@ def overlap(task: Task, draws: Draws, fit: LaplaceFit, swept: dict[str, np.ndarr
         "effective_draws": (tuple(swept), worth.reshape(shape)),
     }
     for name, values in zip(swept, grid, strict=True):
-        data[f"from_{name}"] = (DRAW, np.where(source < 0, np.nan, values.reshape(-1)[source]))
+        data[f"from_{name}"] = (DRAW, np.where(source < 0, 0.0, values.reshape(-1)[source]))
     return xr.Dataset(data, coords=swept)
 
 
