@@ -29,7 +29,8 @@ def overlap(task: Task, draws: Draws, fit: LaplaceFit, swept: dict[str, np.ndarr
     Returns:
         Dataset with ``log_density`` (*swept, overlap_draw); ``log_normal`` (overlap_draw), the standard
         normal's; ``standard_normal`` (overlap_draw), true for its draws; ``from_<keyword>`` (overlap_draw),
-        the strength that any other draw is of; and ``effective_draws`` (*swept), what those are worth.
+        the strength that any other draw is of (0 for those); and ``effective_draws`` (*swept), what a
+        strength's draws are worth.
     """
     shape = tuple(len(values) for values in swept.values())
     num_chains, length = draws.log_density.shape[1:]
