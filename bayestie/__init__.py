@@ -27,6 +27,7 @@ _HOMES = {
     "average": "._strength",
     "hard_vs_soft": "._strength",
     "compare": "._predict",
+    "diagnose": "._functions",
     "leave_copy_out": "._refit",
     "loo_refits": "._refit",
     "risk": "._risk",
@@ -47,6 +48,7 @@ __all__ = [
     "average",
     "calibrate",
     "compare",
+    "diagnose",
     "errors",
     "evidence",
     "fit",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from ._calibration import calibrate
     from ._evidence import evidence
     from ._forward import posterior_predictive, prior_predictive
+    from ._functions import diagnose
     from ._pooling import pooling
     from ._predict import compare
     from ._refit import leave_copy_out, loo_refits

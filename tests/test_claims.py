@@ -16,12 +16,14 @@ ANALYSES = {
     "bias_variance": "C2",
     "bond_types": "C16",
     "capacity": "C1, C10",
+    "curriculum": "C8",
     "equivariance": "C14",
     "penalty": "C7",
     "recurrent": "C3",
     "residual_depth": "C4",
     "shared_filter": "C11",
     "siamese": "C6",
+    "tied_autoencoder": "C9, C12",
     "toeplitz": "C5",
 }
 
@@ -55,6 +57,10 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
         "p_eff per place, sharing hard": (0, 0.05),
         "p_eff per place, sharing none": (9, 0.05),
     },
+    "curriculum": {
+        "loss plus log joint": (0, 1e-9),
+        "one copy": (0, 0.2),
+    },
     "equivariance": {
         "sigma = 0": (0, 1e-12),
         "power of sigma": (1, 0.05),
@@ -84,6 +90,14 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
         "branches, sigma = 0:": (0, 1e-9),
         "PyTorch's gradient of a cell": (0, 1e-9),
         "PyTorch's gradient of a kernel": (0, 1e-9),
+    },
+    "tied_autoencoder": {
+        "k = 3: flat directions of the Hessian, untied": (9, 0.5),
+        "k = 3: flat directions on the slice": (3, 0.5),
+        "k = 2: change of the log joint": (0, 1e-8),
+        "sigma = 0: asymmetry": (0, 1e-9),
+        "sigma = 0: most negative": (0, 1e-9),
+        "k = 1: times that a chain crosses": (0, 0.5),
     },
     "toeplitz": {
         "prior: distance at sigma = 0": (0, 1e-9),

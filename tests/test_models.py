@@ -18,6 +18,7 @@ MODELS = [
     "bias_variance",
     "bond_types",
     "contraception",
+    "curriculum",
     "dyestuff",
     "eight_schools",
     "lip_cancer",
@@ -28,6 +29,7 @@ MODELS = [
     "shared_filter",
     "siamese",
     "soft_filter",
+    "tied_autoencoder",
 ]
 FOLDER = Path(__file__).parent.parent / "models"
 
