@@ -23,6 +23,7 @@ ANALYSES = {
     "residual_depth": "C4",
     "shared_filter": "C11",
     "siamese": "C6",
+    "soft_convolution": "digits",
     "tied_autoencoder": "C9, C12",
     "toeplitz": "C5",
 }
@@ -118,7 +119,7 @@ def test_claim(name, tmp_path, capsys):
         assert math.isfinite(finding.found) and math.isfinite(finding.error)
         assert finding.holds, f"{finding.what}: expected {finding.wanted}, found {finding.seen}"
         assert finding.what in printed
-    for beginning, (number, tolerance) in NUMBERS[name].items():
+    for beginning, (number, tolerance) in NUMBERS.get(name, {}).items():
         finding = claim[beginning]
         assert finding.kind == "equal"
         assert finding.expected == pytest.approx(number, rel=1e-12, abs=1e-15)
@@ -138,7 +139,8 @@ def test_full_run_writes_the_report_of_its_sweep(tmp_path, capsys):
 
 
 def test_every_claim_is_stated_with_its_numbers():
-    assert set(NUMBERS) == set(ANALYSES)
+    # Of the digits no number is claimed: what is better than what.
+    assert set(NUMBERS) == set(ANALYSES) - {"soft_convolution"}
     assert all(NUMBERS.values())
 
 

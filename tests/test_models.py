@@ -28,6 +28,7 @@ MODELS = [
     "residual_depth",
     "shared_filter",
     "siamese",
+    "soft_convolution",
     "soft_filter",
     "tied_autoencoder",
 ]
