@@ -138,6 +138,18 @@ def test_full_run_writes_the_report_of_its_sweep(tmp_path, capsys):
     assert "C7" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_gallery_has_a_row_per_finding(tmp_path, monkeypatch):
+    gallery = importlib.import_module("analyses.gallery")
+    assert sorted(gallery.ANALYSES) == sorted(ANALYSES)
+    monkeypatch.setattr(gallery, "ANALYSES", ("penalty",))
+    index = tmp_path / "gallery.html"
+    claims = gallery.main(["--smoke", "--out", str(index)])
+    text = index.read_text(encoding="utf-8")
+    assert text.count("<tr>") == 1 + len(claims["penalty"].findings)
+    assert 'href="penalty.html"' in text and (tmp_path / "penalty.html").exists()
+
+
 def test_every_claim_is_stated_with_its_numbers():
     # Of the digits no number is claimed: what is better than what.
     assert set(NUMBERS) == set(ANALYSES) - {"soft_convolution"}
