@@ -12,11 +12,13 @@ from matplotlib.text import Annotation
 from synthetic import EFFECT, SCHOOLS, STDERR, eight_schools_tree, fit_tree, normal_means_tree, spoil
 
 from bayestie._errors import NameLookupError
+from bayestie._evidence import evidence
 from bayestie._results import build_tree, select
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._verdict import default_prior
 from bayestie.plots import (
     plot_copies,
+    plot_estimates,
     plot_evidence,
     plot_pooling,
     plot_predictive,
@@ -25,6 +27,7 @@ from bayestie.plots import (
     plot_tension,
 )
 from bayestie.plots._axis import STRENGTH_AXES, best_index, best_point, strength_axis
+from bayestie.plots._estimates import estimates_of
 from bayestie.plots._paths import highlighted
 from bayestie.plots._predictive import checks_of
 from bayestie.plots._strength import factors_of
@@ -333,16 +336,29 @@ def test_strength_shows_the_posterior_and_the_bayes_factors(width):
     sigma = posterior["sigma"].values
     peak = sigma[int(np.argmax(posterior["density"].values * sigma))]
     line = max(left.lines, key=points)
-    assert 10 ** line.get_xdata()[int(np.argmax(line.get_ydata()))] == pytest.approx(peak)
+    x, y = (np.asarray(data, dtype=float) for data in (line.get_xdata(), line.get_ydata()))
+    assert 10 ** x[int(np.argmax(y))] == pytest.approx(peak)
     rows = [line.get_ydata() for line in right.lines if points(line) == factor.sizes["scale"]]
     np.testing.assert_allclose(np.stack(rows), factor["sensitivity"].values)
     dot = next(line for line in right.lines if points(line) == 1)
-    assert dot.get_ydata()[0] == float(factor["log_bayes_factor"])
+    assert np.asarray(dot.get_ydata()) == pytest.approx([float(factor["log_bayes_factor"])])
 
 
 def test_a_sweep_of_one_strength_has_no_strength_figure():
     tree = normal_means_tree(EFFECT, STDERR, labels=SCHOOLS, dim="school", strengths=(0.0, 1.0))
     assert factors_of(tree) is None
+
+
+def test_estimates_are_differences_from_the_joined_one():
+    tree = eight_schools_tree()
+    found = evidence(tree)
+    names = [one.title for one in estimates_of(tree)]
+    assert names == ["importance sampling", "bridge sampling", "thermodynamic"]
+    for one, name in zip(estimates_of(tree), ("laplace", "bridge", "thermodynamic"), strict=True):
+        np.testing.assert_allclose(one.difference, (found[name] - found["combined"]).values)
+        np.testing.assert_allclose(one.spread, 1.96 * found[f"{name}_error"].values)
+    (axes,) = plot_estimates(tree).axes
+    assert len(axes.containers) == 3
 
 
 def test_tension_marks_the_tie_that_breaks():
@@ -359,7 +375,7 @@ def test_tension_marks_the_tie_that_breaks():
     assert abs(site.statistic[0]) > site.limit > abs(site.statistic[1])
     (axes,) = plot_tension(tree).axes
     red = [line for line in axes.lines if line.get_color() == BAD]
-    assert [list(line.get_xdata()) for line in red] == [[site.statistic[0]]]
+    assert np.concatenate([np.asarray(line.get_xdata()) for line in red]).tolist() == [site.statistic[0]]
 
 
 def test_tension_without_a_recorded_strength_is_refused():

@@ -150,7 +150,7 @@ def test_counts_against_quadrature():
 
 def _rest_of_the_schools(y, noise, sigma):
     level = pyro.sample("level", dist.Normal(0.0, 5.0))
-    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0).to_event(1))
     with pyro.plate("school", len(y)):
         pyro.sample("y", dist.Normal(level + sigma * z, noise), obs=y)
 

@@ -27,6 +27,7 @@ SECTIONS = {
     "strength": 1,
     "pooling": 1,
     "tension": 1,
+    "estimates": 1,
     "steps": 2,
     "diagnostics": 0,
     "run": 0,
@@ -105,10 +106,10 @@ def test_ids_are_unique_and_every_reference_has_its_target():
 def test_every_figure_has_a_caption_and_a_text_alternative():
     reader = Reader(page())
     drawings = reader.all("svg")
-    assert len(drawings) == 5 * 2 + len(STRENGTHS) * 2
+    assert len(drawings) == 6 * 2 + len(STRENGTHS) * 2
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in drawings)
     figures, captions = reader.all("figure"), reader.all("figcaption")
-    assert len(figures) == len(captions) == 5 + len(STRENGTHS)
+    assert len(figures) == len(captions) == 6 + len(STRENGTHS)
     described = next(attrs["aria-label"] for attrs in drawings if "wide" in attrs["class"])
     assert "Choate" in described
     assert "sigma = 30" in described

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from bayestie._report._svg import inline_svg
 from bayestie._report._sweep_view import SweepView, Table
-from bayestie.plots import plot_evidence, plot_pooling, plot_strength, plot_strength_paths, plot_tension
+from bayestie.plots import (
+    plot_estimates,
+    plot_evidence,
+    plot_pooling,
+    plot_strength,
+    plot_strength_paths,
+    plot_tension,
+)
+from bayestie.plots._estimates import Estimates, estimates_of
 from bayestie.plots._paths import MOST_PANELS
 from bayestie.plots._strength import Factors, factors_of
 from bayestie.plots._style import number
@@ -34,7 +42,7 @@ class Section:
 
 
 def sections_of(view: SweepView, prior: Any = None) -> list[Section]:
-    """Strength paths, evidence with LOO, the strength's posterior, number of parameters, tension."""
+    """Paths, evidence with LOO, the strength's posterior, number of parameters, tension, estimates."""
     found = [_paths(view), _evidence(view)]
     factors = factors_of(view.tree, prior)
     if factors is not None:
@@ -44,6 +52,9 @@ def sections_of(view: SweepView, prior: Any = None) -> list[Section]:
     pulls = pulls_of(view.tree)
     if pulls:
         found.append(_tension(view, pulls))
+    estimates = estimates_of(view.tree)
+    if len(estimates) > 1:
+        found.append(_estimates(view, estimates))
     return found
 
 
@@ -200,6 +211,42 @@ def _tension(view: SweepView, pulls: list[Pulls]) -> Section:
         _drawings(view, "tension", " ".join(sentences), lambda width: plot_tension(view.tree, width=width)),
         tuple(caption),
         Table(("tie", "pull", "verdict"), tuple(rows)),
+    )
+
+
+def _estimates(view: SweepView, estimates: list[Estimates]) -> Section:
+    sentences = []
+    for one in estimates:
+        known = np.isfinite(one.difference)
+        worst = int(np.nanargmax(np.abs(one.difference)))
+        # Exact values differ by rounding, and have no error.
+        inside = np.abs(one.difference[known]) <= one.spread[known] + 1e-6
+        sentences.append(
+            f"{one.title}: 0 is inside its interval at {int(inside.sum())} of {int(known.sum())} strengths, "
+            f"and it is farthest off at {view.name_of(worst)}, by {one.difference[worst]:+.2g} nats."
+        )
+    caption = [
+        "The log evidence is estimated in ways that share little; the figure above shows them joined. Here "
+        "is each less the joined value, with its 95% interval. They should scatter around 0 as their "
+        "intervals say; where they do not, trust neither.",
+        *(text[0].upper() + text[1:] for text in sentences),
+    ]
+    head = (view.axis.name, *(text for one in estimates for text in (one.title, "± 95%")))
+    rows = [
+        (
+            number(value),
+            *(text for e in estimates for text in (f"{e.difference[i]:+.3g}", f"{e.spread[i]:.2g}")),
+        )
+        for i, value in enumerate(view.axis.values)
+    ]
+    return Section(
+        "estimates",
+        "Do the estimates of the evidence agree?",
+        _drawings(
+            view, "estimates", " ".join(sentences), lambda width: plot_estimates(view.tree, width=width)
+        ),
+        tuple(caption),
+        Table(head, tuple(rows)),
     )
 
 

@@ -1,7 +1,8 @@
-"""Figures of a results tree: strength paths, evidence, posterior of the strength, pooling, tension, draws."""
+"""Figures of a results tree: strength paths, evidence, the strength's posterior, pooling, tension, draws."""
 
 from bayestie.plots._copies import plot_copies
 from bayestie.plots._curves import plot_evidence, plot_pooling
+from bayestie.plots._estimates import plot_estimates
 from bayestie.plots._paths import plot_strength_paths
 from bayestie.plots._predictive import plot_predictive
 from bayestie.plots._strength import plot_strength
@@ -9,6 +10,7 @@ from bayestie.plots._tension import plot_tension
 
 __all__ = [
     "plot_copies",
+    "plot_estimates",
     "plot_evidence",
     "plot_pooling",
     "plot_predictive",
