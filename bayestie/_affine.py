@@ -305,18 +305,18 @@ class AffineDensity:
         triangular = triangular_axes(factor)
         if not self.matrix.shape[1]:  # Gaussian: no axis is better than another
             return triangular
-        moved = torch.bmm(self.matrix[points[:1]], triangular[:1])
-        if float((moved.abs() > 1e-12 * moved.abs().max()).to(moved).mean()) < 0.3:
-            return triangular
-        rotated = []
-        for point, one in zip(points.tolist(), factor, strict=True):
-            rows = self.matrix[point]
+        # Point by point: at sigma = 0 copies move nothing, whatever they do elsewhere.
+        moved = torch.bmm(self.matrix[points], triangular).abs()
+        share = (moved > 1e-12 * moved.amax((1, 2), keepdim=True)).to(moved).mean((1, 2))
+        found = triangular.clone()
+        for i in torch.nonzero(share >= 0.3).squeeze(1).tolist():
+            rows = self.matrix[points[i]]
             if len(rows) > 8 * self.num_latent:  # a spread of the observations points the same way
                 rows = rows[:: len(rows) // (8 * self.num_latent)]
-            found: Any = scipy.linalg.qr((rows @ one).mT.cpu().numpy(), mode="full", pivoting=True)
-            rotation = found[0]
-            rotated.append(one @ torch.as_tensor(rotation[:, : self.num_latent].copy()).to(one))
-        return torch.stack(rotated)
+            pivoted: Any = scipy.linalg.qr((rows @ factor[i]).mT.cpu().numpy(), mode="full", pivoting=True)
+            rotation = torch.as_tensor(pivoted[0][:, : self.num_latent].copy())
+            found[i] = factor[i] @ rotation.to(factor)
+        return found
 
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
         """Most axes move few predictors; only those are evaluated."""

@@ -185,3 +185,15 @@ def test_what_is_nearly_affine_is_refused():
             pyro.sample("y", dist.Normal(x @ beta + 1e-6 * beta[0] ** 2, 1.0), obs=y)
 
     assert isinstance(build_density(LaneProgram(model, (X, Y))), ProgramDensity)
+
+
+def test_axes_of_a_strength_do_not_depend_on_the_others():
+    """At sigma = 0 copies move nothing; that says nothing of the axes elsewhere."""
+    swept = {"sigma": torch.tensor([0.0, 2.0], dtype=torch.float64)}
+    density = build_density(LaneProgram(tied_copies, (COUNTS, GROUP), {}, swept))
+    factor = torch.linalg.cholesky(torch.eye(density.num_latent, dtype=torch.float64) * 0.3 + 0.1)
+    both = density.axes(torch.tensor([0, 1]), factor.expand(2, -1, -1))
+    for point in (0, 1):
+        alone = density.axes(torch.tensor([point]), factor.unsqueeze(0))
+        close(both[point : point + 1], alone, 1e-12)
+        close(alone @ alone.mT, (factor @ factor.mT).unsqueeze(0), 1e-12)
