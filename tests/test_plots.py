@@ -7,21 +7,25 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.collections import LineCollection
 from matplotlib.text import Annotation
 from synthetic import EFFECT, SCHOOLS, STDERR, eight_schools_tree, fit_tree, normal_means_tree, spoil
 
+from bayestie._calibration import _tests
 from bayestie._errors import NameLookupError
 from bayestie._evidence import evidence
 from bayestie._results import build_tree, select
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._verdict import default_prior
 from bayestie.plots import (
+    plot_calibration,
     plot_copies,
     plot_estimates,
     plot_evidence,
     plot_pooling,
     plot_predictive,
+    plot_risk,
     plot_strength,
     plot_strength_paths,
     plot_tension,
@@ -386,3 +390,41 @@ def test_tension_without_a_recorded_strength_is_refused():
     tree.attrs["ties"] = json.dumps(records)
     with pytest.raises(NameLookupError, match="no tied site with a recorded strength"):
         plot_tension(tree)
+
+
+# -- studies -----------------------------------------------------------------------------------------
+
+
+def test_calibration_names_the_quantity_that_leaves_the_band():
+    generator = np.random.default_rng(2)
+    uniform = generator.integers(0, 100, (2, 200, 3))
+    uniform[1, :, 2] //= 2  # biased at the second strength
+    found = _tests(uniform, 99, ["sigma"]).assign_coords(sigma=[0.5, 2.0], quantity=["a", "b", "c"])
+    first, second = plot_calibration(found).axes
+    assert titles(first.figure) == ["sigma = 0.5", "sigma = 2"]
+    for axes, point in ((first, 0), (second, 1)):
+        curves = [line for line in axes.lines if points(line) == 99]
+        expected = (found["ecdf"] - found["expected"]).isel(sigma=point).transpose("quantity", "rank")
+        np.testing.assert_allclose(np.stack([np.asarray(line.get_ydata()) for line in curves]), expected)
+    assert [text.get_text() for text in first.texts] == []
+    assert [text.get_text() for text in second.texts] == ["c"]
+
+
+def test_calibration_of_one_strength_has_one_panel():
+    ranks = np.random.default_rng(3).integers(0, 100, (200, 2))
+    found = _tests(ranks, 99, []).assign_coords(quantity=["a", "b"])
+    assert titles(plot_calibration(found)) == ["all quantities"]
+
+
+def test_risk_is_drawn_with_its_parts_and_its_least():
+    sigma = [0.0, 0.5, 1.0, 4.0]
+    parts = {"bias_squared": [2.0, 0.5, 0.2, 0.0], "variance": [0.1, 0.4, 1.0, 3.0]}
+    data = {name: ("sigma", np.array(value)) for name, value in parts.items()}
+    data["risk"] = ("sigma", np.array([2.1, 0.9, 1.2, 3.0]))
+    data |= {f"{name}_error": ("sigma", np.full(4, 0.05)) for name in list(data)}
+    (axes,) = plot_risk(xr.Dataset(data, coords={"sigma": sigma})).axes
+    ring = next(line for line in axes.lines if line.get_markerfacecolor() == "none")
+    assert np.asarray(ring.get_ydata()).item() == 0.9
+    assert [text.get_text() for text in axes.texts] == ["bias²", "variance", "risk"]
+    with pytest.raises(NameLookupError, match="tau"):
+        plot_risk(xr.Dataset(data, coords={"sigma": sigma}), along="tau")
