@@ -107,25 +107,27 @@ def plot_risk(found: xr.Dataset, *, along: str | None = None, width: float = WID
     held = {d: i for d, i in least.items() if d != along}
     reduced = found.isel(held)
     axis = strength_axis(along, reduced[along].values)
+    curves = (
+        ("bias_squared", "bias²", DATA, 1.1),
+        ("variance", "variance", INK, 1.1),
+        ("risk", "risk", ACCENT, 1.8),
+    )
+    # Named at the end where they are farther apart: at one end the risk is all bias, at the other variance.
+    ends = np.stack(
+        [np.sort([reduced[name].values[i] for name, *_ in curves]) for i in (axis.order[0], axis.order[-1])]
+    )
+    left = bool(np.diff(ends).min(1).argmax() == 0)
+    at = axis.order[0] if left else axis.order[-1]
     with house_style():
         figure = new_figure(width, 2.8)
         axes = figure.subplots()
-        for name, colour, wide in (
-            ("bias_squared", DATA, 1.1),
-            ("variance", INK, 1.1),
-            ("risk", ACCENT, 1.8),
-        ):
+        for name, label, colour, wide in curves:
             value, error = reduced[name].values, 1.96 * reduced[f"{name}_error"].values
             axis.band(axes, value - error, value + error, BAND_90 if name == "risk" else FAINT, 4.0)
             axis.curve(axes, value, colour, wide)
-            last = axis.order[-1]
+            place = (axis.positions[at], value[at])
             axes.annotate(
-                name.replace("bias_squared", "bias²"),
-                (axis.positions[last], value[last]),
-                (5, -2),
-                textcoords="offset points",
-                color=colour,
-                size=7.5,
+                label, place, (0, 5) if left else (5, -2), textcoords="offset points", color=colour, size=7.5
             )
         best = least[along]
         value = float(reduced["risk"].values[best])
