@@ -229,7 +229,7 @@ def test_stepping_in_the_browser(tmp_path):
     assert audit["first"]["panels"] == ["s0"]
     assert audit["second"]["panels"] == ["s1"]
     assert audit["third"]["panels"] == ["s2"]
-    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 1)
+    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 1 + 1)  # paths, evidence, pooling, estimates
     assert all(a != b for a, b in zip(audit["first"]["rules"], audit["second"]["rules"], strict=True))
 
 
