@@ -20,7 +20,6 @@ from bayestie._program import LaneInputs, LaneProgram
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
 MAX_AFFINE = 60_000_000
-_REMEMBERED = 64  # selections of points
 # Predictors worked on at once on a CPU: what its cache holds. A GPU takes MAX_ELEMENTS.
 _CACHED_ELEMENTS = 1 << 19
 _NARROWEST = 16  # draws worked on at once, at least
@@ -122,8 +121,10 @@ class AffineDensity:
         """Gaussian likelihoods into the quadratic, written about its own top where it is all there is."""
         points = torch.arange(self.program.num_points, device=self.matrix.device)
         rows = torch.ones(self.matrix.shape[1], dtype=torch.bool, device=self.matrix.device)
-        moving = [(part, natural) for part, natural in zip(self._parts(points), self.naturals, strict=True)]
-        absorbed = [(part, n) for part, n in moving if n is not None and n.is_gaussian]
+        parts = self._parts(points)
+        absorbed = [
+            (part, part.natural) for part in parts if part.natural is not None and part.natural.is_gaussian
+        ]
         if not absorbed:
             return
         curvature, slope = quadratic.curvature, quadratic.slope
@@ -134,7 +135,7 @@ class AffineDensity:
             pull = (natural.target.unsqueeze(-1) - weight * offset).expand(len(matrix), -1, 1)
             slope = slope + torch.bmm(matrix.mT, pull).squeeze(-1)
             curvature = curvature - torch.bmm((matrix * weight).mT, matrix)
-        kept = [i for i, (_, n) in enumerate(moving) if n is None or not n.is_gaussian]
+        kept = [i for i, part in enumerate(parts) if part.natural is None or not part.natural.is_gaussian]
         centre = quadratic.centre
         if not kept:
             factor, info = torch.linalg.cholesky_ex(-curvature)
@@ -172,10 +173,7 @@ class AffineDensity:
             if known.points is points or torch.equal(known.points, points):
                 return known
         matrix, offset = self.matrix[points], self.offset[points]
-        linear, constant = (
-            torch.zeros_like(matrix[:, 0] if matrix.shape[1] else self.matrix.sum(1)[points]),
-            0.0,
-        )
+        linear, constant = matrix.new_zeros(len(points), self.num_latent), matrix.new_zeros(len(points))
         parts = self._parts(points)
         for part in parts:
             if part.natural is None:
@@ -190,17 +188,22 @@ class AffineDensity:
             LinearMap(matrix, offset),
             parts,
             linear,
-            linear.new_zeros(len(points)) + constant,
+            constant,
             None if self.quadratic is None else self.quadratic.take(points),
         )
-        self._selections = [found, *self._selections[:_REMEMBERED]]
+        # The pieces of one pass over all points, and little else: each holds its points' maps.
+        pieces = -(-self.program.num_points // self._together(self.program.num_points))
+        self._selections = [found, *self._selections[:pieces]]
         return found
+
+    def _together(self, num_points: int) -> int:
+        """Points worked on together."""
+        return max(1, min(num_points, self.elements // (max(1, self.matrix.shape[1]) * _NARROWEST)))
 
     def _pieces(self, points: Tensor, position: Tensor) -> Iterator[tuple[slice, slice]]:
         """Points and draws that are worked on together, small enough for the cache."""
-        rows = max(1, self.matrix.shape[1])
-        together = max(1, min(len(points), self.elements // (rows * _NARROWEST)))
-        batch = max(_NARROWEST, self.elements // (rows * together))
+        together = self._together(len(points))
+        batch = max(_NARROWEST, self.elements // (max(1, self.matrix.shape[1]) * together))
         for first in range(0, len(points), together):
             for start in range(0, position.shape[1], batch):
                 yield slice(first, first + together), slice(start, start + batch)
@@ -219,15 +222,13 @@ class AffineDensity:
         here = self._select(points)
         value = self._rest_of(here, position)[0]
         if here.parts:
-            eta = here.map.forward(position)
-            value = (
-                value
-                + here.constant.unsqueeze(1)
-                + torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
-            )
-            for part in here.parts:
-                value = value + part.value(eta)
+            value = value + self._likelihood(here, position, here.map.forward(position))
         return value
+
+    @staticmethod
+    def _likelihood(here: _Selection, position: Tensor, eta: Tensor) -> Tensor:
+        linear = torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
+        return here.constant.unsqueeze(1) + linear + sum(part.value(eta) for part in here.parts)
 
     def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """log density (P, batch) and gradient (P, batch, D)."""
@@ -249,13 +250,7 @@ class AffineDensity:
             slopes = [part.slope(eta) for part in here.parts]
             grad = grad + here.linear.unsqueeze(1)
             grad = grad + here.map.backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1))
-            value = (
-                value
-                + here.constant.unsqueeze(1)
-                + torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
-            )
-            for part in here.parts:
-                value = value + part.value(eta)
+            value = value + self._likelihood(here, position, eta)
         return value, grad
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
