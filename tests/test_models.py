@@ -21,9 +21,12 @@ MODELS = [
     "curriculum",
     "dyestuff",
     "eight_schools",
+    "inst_eval",
     "lip_cancer",
     "nile",
     "penalty",
+    "poisson_chain",
+    "radon",
     "recurrent",
     "residual_depth",
     "shared_filter",
@@ -179,3 +182,32 @@ def test_dyestuff_at_its_maximum_gives_the_published_deviance():
     known: dict[str, Any] = _arguments(data) | {"level_mean": 1527.5, "level_sd": 0.0}
     fit = bt.fit(model, **known, noise_sd=49.5101, sigma=37.2603, engine="laplace", num_draws=100)
     assert -2 * fit["sweep"]["log_evidence"].item() == pytest.approx(327.32705988, abs=1e-6)
+
+
+def test_radon_rows():
+    _, data = _load("radon")
+    assert data["log_radon"].shape == (919,)
+    assert data["floor"].sum() == 153
+    assert data["county"].unique().tolist() == list(range(85))
+    # First home: Aitkin, 2.2 pCi/l on the first floor.
+    first = [data[name][0].item() for name in ("log_radon", "floor", "county")]
+    assert first == [pytest.approx(0.788457), 1.0, 0]
+    assert data["coords"]["county_name"][0] == "AITKIN"
+
+
+def test_poisson_chain_is_the_same_every_time_at_any_length():
+    module = importlib.import_module("models.poisson_chain")
+    first, again = (module.data(50)["count"] for _ in range(2))
+    assert torch.equal(first, again)
+    assert module.data(100_000)["count"].max() < 1000
+
+
+def test_inst_eval_rows():
+    _, data = _load("inst_eval")
+    assert data["rating"].shape == (73421,)
+    assert data["student"].unique().tolist() == list(range(2972))
+    assert data["lecturer"].unique().tolist() == list(range(1128))
+    # First row: student 1 gave lecturer 1002, of the same department, a 5.
+    assert (data["rating"][0], data["service"][0]) == (5, 0)
+    assert data["coords"]["student_code"][data["student"][0]] == 1
+    assert data["coords"]["lecturer_code"][data["lecturer"][0]] == 1002
