@@ -7,6 +7,7 @@ a gradient is two matrix products and an elementwise function, and curvature is 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import scipy.linalg
@@ -17,12 +18,14 @@ from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_
 from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
 from bayestie._linear_map import LinearMap
 from bayestie._program import LaneInputs, LaneProgram
+from bayestie._workers import run_all, scratch
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
 MAX_AFFINE = 60_000_000
 # Predictors worked on at once on a CPU: what its cache holds. A GPU takes MAX_ELEMENTS.
-_CACHED_ELEMENTS = 1 << 19
+_CACHED_ELEMENTS = 1 << 18
 _NARROWEST = 16  # draws worked on at once, at least
+_REMEMBERED = 3  # sets of points whose maps are kept
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,30 @@ class _Part:
     def predictors(self, eta: Tensor) -> list[Tensor]:
         return list(eta[:, self.rows].split(self.family.size, 1))
 
-    def value(self, eta: Tensor) -> Tensor:
-        """(P, M, batch) -> (P, batch), without the natural form's linear part."""
+    def value_(self, eta: Tensor) -> Tensor:
+        """(P, M, batch) -> (P, batch), without the natural form's linear part; overwrites its rows of eta."""
         if self.natural is None:
             return self.family.log_density(self.constants, self.predictors(eta)).sum(1)
-        size = self.natural.cumulant.value(eta[:, self.rows])
-        return -(size if self.weight is None else size.mul_(self.weight)).sum(1)
+        return -self._total(self.natural.cumulant.value_(eta[:, self.rows]))
 
-    def slope(self, eta: Tensor) -> Tensor:
-        """Derivative of `value` by the predictors, (P, rows, batch)."""
-        if self.natural is None:
-            with torch.enable_grad():
-                own = eta[:, self.rows].detach().requires_grad_(True)
-                total = self.family.log_density(self.constants, list(own.split(self.family.size, 1))).sum()
-                return torch.autograd.grad(total, own)[0]
-        slope = self.natural.cumulant.slope(eta[:, self.rows])
-        return -slope if self.weight is None else -slope * self.weight
+    def value_and_slope_(self, eta: Tensor, work: Tensor) -> Tensor:
+        """The same; its rows of eta become the derivative by the predictors, less what is constant of it."""
+        own = eta[:, self.rows]
+        if self.natural is not None:
+            value = self._total(self.natural.cumulant.value_and_slope_(own, work[:, self.rows]))
+            if self.weight is not None:
+                own.mul_(self.weight)
+            return -value
+        with torch.enable_grad():
+            leaf = own.detach().clone().requires_grad_(True)
+            value = self.family.log_density(self.constants, list(leaf.split(self.family.size, 1))).sum(1)
+            own.copy_(torch.autograd.grad(value.sum(), leaf)[0])
+        return value.detach()
+
+    def _total(self, size: Tensor) -> Tensor:
+        if self.weight is None:
+            return size.sum(1)
+        return torch.matmul(self.weight.mT, size).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ class _Selection:
     map: LinearMap
     parts: list[_Part]
     linear: Tensor  # (P, D): of the natural forms, target A
+    pull: Tensor  # (P, D): the constant part of their gradient, (target - limit weight) A
     constant: Tensor  # (P,)
     quadratic: Quadratic | None
 
@@ -112,7 +124,7 @@ class AffineDensity:
         self.families, self.matrix, self.offset = list(families), matrix, offset  # (S, M, D), (S, M)
         self.naturals = [family.natural() for family in families]
         self._rest, self._rest_hessian, self.quadratic = rest, rest_hessian, quadratic
-        self._selections: list[_Selection] = []
+        self._selections: list[tuple[Tensor, list[tuple[slice, _Selection]]]] = []
         if quadratic is not None:
             self._absorb(quadratic)
         self.elements = MAX_ELEMENTS if program.device.type == "cuda" else _CACHED_ELEMENTS
@@ -148,8 +160,8 @@ class AffineDensity:
         eta = torch.baddbmm(self.offset.unsqueeze(-1), self.matrix, centre.unsqueeze(-1))
         for part, _ in absorbed:
             plain = replace(part, natural=None)
-            constant = constant + plain.value(eta).squeeze(-1)
-            slope = slope + torch.bmm(self.matrix[:, part.rows].mT, plain.slope(eta)).squeeze(-1)
+            constant = constant + plain.value_and_slope_(eta, eta).squeeze(-1)
+            slope = slope + torch.bmm(self.matrix[:, part.rows].mT, eta[:, part.rows]).squeeze(-1)
         self.quadratic = Quadratic(centre, constant, slope, curvature)
         self.matrix, self.offset = self.matrix[:, rows], self.offset[:, rows]
         self.families = [self.families[i] for i in kept]
@@ -167,108 +179,133 @@ class AffineDensity:
             start = stop
         return parts
 
+    def _pieces(self, points: Tensor) -> list[tuple[slice, _Selection]]:
+        """Points by as many as the cache holds, with what the density needs of them.
+
+        Engines ask for the same points thousands of times, or for fewer and fewer.
+        """
+        for known, pieces in self._selections:
+            if known is points or torch.equal(known, points):
+                return pieces
+        together = max(1, self.elements // (max(1, self.matrix.shape[1]) * _NARROWEST))
+        if self.matrix.device.type == "cpu":  # a share for every thread
+            together = min(together, -(-len(points) // torch.get_num_threads()))
+        starts = range(0, len(points), together)
+        pieces = [(slice(i, i + together), self._select(points[i : i + together])) for i in starts]
+        self._selections = [(points, pieces), *self._selections[: _REMEMBERED - 1]]
+        return pieces
+
     def _select(self, points: Tensor) -> _Selection:
-        """What the density needs of some points; engines ask for the same ones thousands of times."""
-        for known in self._selections:
-            if known.points is points or torch.equal(known.points, points):
-                return known
         matrix, offset = self.matrix[points], self.offset[points]
         linear, constant = matrix.new_zeros(len(points), self.num_latent), matrix.new_zeros(len(points))
-        parts = self._parts(points)
+        pull, parts = linear, self._parts(points)
         for part in parts:
             if part.natural is None:
                 continue
-            n = part.natural
+            n, own = part.natural, matrix[:, part.rows]
             target = (n.target if len(n.target) == 1 else n.target[points]).expand(len(points), -1)
-            linear = linear + torch.bmm(target.unsqueeze(1), matrix[:, part.rows]).squeeze(1)
+            weight = torch.ones_like(target) if part.weight is None else part.weight.squeeze(-1)
+            steady = (target - n.cumulant.limit * weight).expand(len(points), -1)
+            linear = linear + torch.bmm(target.unsqueeze(1), own).squeeze(1)
+            pull = pull + torch.bmm(steady.unsqueeze(1), own).squeeze(1)
             here = n.constant if len(n.constant) == 1 else n.constant[points]
             constant = constant + here + (target * offset[:, part.rows]).sum(1)
-        found = _Selection(
-            points,
-            LinearMap(matrix, offset),
-            parts,
-            linear,
-            constant,
-            None if self.quadratic is None else self.quadratic.take(points),
-        )
-        # The pieces of one pass over all points, and little else: each holds its points' maps.
-        pieces = -(-self.program.num_points // self._together(self.program.num_points))
-        self._selections = [found, *self._selections[:pieces]]
-        return found
+        quadratic = None if self.quadratic is None else self.quadratic.take(points)
+        return _Selection(points, LinearMap(matrix, offset), parts, linear, pull, constant, quadratic)
 
-    def _together(self, num_points: int) -> int:
-        """Points worked on together."""
-        return max(1, min(num_points, self.elements // (max(1, self.matrix.shape[1]) * _NARROWEST)))
-
-    def _pieces(self, points: Tensor, position: Tensor) -> Iterator[tuple[slice, slice]]:
+    def _jobs(self, points: Tensor, position: Tensor) -> Iterator[tuple[_Selection, slice, slice]]:
         """Points and draws that are worked on together, small enough for the cache."""
-        together = self._together(len(points))
-        batch = max(_NARROWEST, self.elements // (max(1, self.matrix.shape[1]) * together))
-        for first in range(0, len(points), together):
+        for some, here in self._pieces(points):
+            batch = max(_NARROWEST, self.elements // (max(1, self.matrix.shape[1]) * len(here.points)))
             for start in range(0, position.shape[1], batch):
-                yield slice(first, first + together), slice(start, start + batch)
+                yield here, some, slice(start, start + batch)
+
+    def _run(self, jobs: list[Callable[[], None]]) -> None:
+        with torch.no_grad(), self.program.quiet():
+            if self.quadratic is None:  # the rest is Pyro's, which runs once at a time
+                for job in jobs:
+                    job()
+            else:
+                run_all(jobs)
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
         """log density, (P, batch)."""
         out = position.new_empty(position.shape[:2])
-        with torch.no_grad(), self.program.quiet():
-            for some, draws in self._pieces(points, position):
-                whole = some.stop - some.start >= len(points)
-                at = position[some, draws]
-                out[some, draws] = self._value(points if whole else points[some], at)
+
+        def job(here: _Selection, some: slice, draws: slice) -> None:
+            out[some, draws] = self._value(here, position[some, draws])
+
+        self._run([partial(job, *piece) for piece in self._jobs(points, position)])
         return out
 
-    def _value(self, points: Tensor, position: Tensor) -> Tensor:
-        here = self._select(points)
+    def _value(self, here: _Selection, position: Tensor) -> Tensor:
         value = self._rest_of(here, position)[0]
         if here.parts:
-            value = value + self._likelihood(here, position, here.map.forward(position))
+            eta = self._predictors(here, position)
+            value = value + self._linear(here, position) + sum(part.value_(eta) for part in here.parts)
+            value = self._finite(here, position, value)
         return value
-
-    @staticmethod
-    def _likelihood(here: _Selection, position: Tensor, eta: Tensor) -> Tensor:
-        linear = torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
-        return here.constant.unsqueeze(1) + linear + sum(part.value(eta) for part in here.parts)
 
     def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """log density (P, batch) and gradient (P, batch, D)."""
         value, grad = position.new_empty(position.shape[:2]), torch.empty_like(position)
-        with torch.no_grad(), self.program.quiet():
-            for some, draws in self._pieces(points, position):
-                whole = some.stop - some.start >= len(points)
-                at = position[some, draws]
-                value[some, draws], grad[some, draws] = self._value_and_grad(
-                    points if whole else points[some], at
-                )
+
+        def job(here: _Selection, some: slice, draws: slice) -> None:
+            value[some, draws], grad[some, draws] = self._value_and_grad(here, position[some, draws])
+
+        self._run([partial(job, *piece) for piece in self._jobs(points, position)])
         return value, grad
 
-    def _value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        here = self._select(points)
+    def _value_and_grad(self, here: _Selection, position: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = self._rest_of(here, position)
         if here.parts:
-            eta = here.map.forward(position)
-            slopes = [part.slope(eta) for part in here.parts]
-            grad = grad + here.linear.unsqueeze(1)
-            grad = grad + here.map.backward(slopes[0] if len(slopes) == 1 else torch.cat(slopes, 1))
-            value = value + self._likelihood(here, position, eta)
+            eta = self._predictors(here, position)
+            work = scratch("work", tuple(eta.shape), eta)
+            value = value + self._linear(here, position)
+            value = value + sum(part.value_and_slope_(eta, work) for part in here.parts)
+            grad = grad + here.pull.unsqueeze(1) + here.map.backward(eta)
+            value = self._finite(here, position, value)
         return value, grad
+
+    @staticmethod
+    def _predictors(here: _Selection, position: Tensor) -> Tensor:
+        shape = (*here.map.shape[:2], position.shape[1])
+        return here.map.forward(position, out=scratch("predictors", shape, position))
+
+    @staticmethod
+    def _linear(here: _Selection, position: Tensor) -> Tensor:
+        """The natural forms' linear part, (P, batch)."""
+        return here.constant.unsqueeze(1) + torch.bmm(position, here.linear.unsqueeze(-1)).squeeze(-1)
+
+    def _finite(self, here: _Selection, position: Tensor, value: Tensor) -> Tensor:
+        """Values again by the distributions themselves where the short forms overflowed."""
+        far = ~torch.isfinite(value).all(1)
+        if not bool(far.any()):
+            return value
+        value = value.clone()
+        for i in torch.nonzero(far).squeeze(1).tolist():
+            one = self._select(here.points[i : i + 1])
+            eta = self._predictors(one, position[i : i + 1])
+            total = self._rest_of(one, position[i : i + 1])[0]
+            value[i] = (total + sum(replace(p, natural=None).value_(eta) for p in one.parts))[0]
+        return value
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
         """Second derivatives (P, D, D) at one position per point (P, D)."""
-        matrix, here = self.matrix[points], self._select(points)
+        matrix = self.matrix[points]
         hessian = self._prior_hessian(points, position).clone()
-        if not here.parts:
+        if not self.families:
             return hessian
         with self.program.quiet():
-            eta = here.map.forward(position.unsqueeze(1))
-            for part in here.parts:
+            eta = torch.baddbmm(self.offset[points].unsqueeze(-1), matrix, position.unsqueeze(-1))
+            for part in self._parts(points):
+                own = matrix[:, part.rows]
                 if part.natural is not None:
                     weight = part.natural.cumulant.curvature(eta[:, part.rows])
                     weight = weight if part.weight is None else weight * part.weight
-                    own = matrix[:, part.rows]
                     hessian -= torch.bmm((own * weight).mT, own)
                 else:
-                    hessian += self._general_hessian(part, matrix[:, part.rows], eta)
+                    hessian += self._general_hessian(part, own, eta)
         return hessian
 
     @staticmethod
@@ -319,9 +356,8 @@ class AffineDensity:
         moved = torch.bmm(matrix, factor)  # (P, M, D)
         centre = torch.einsum("smd,sd->sm", matrix, mode) + self.offset[points]
         out = self._rest_profile(points, mode, factor, nodes)
-        here = self._select(points)
         with torch.no_grad(), self.program.quiet():
-            for part in here.parts:
+            for part in self._parts(points):
                 self._profile_of(part, points, centre[:, part.rows], moved[:, part.rows], nodes, out)
         return out
 
@@ -368,7 +404,9 @@ class AffineDensity:
 
     def rest(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint without the affine likelihoods still in ``families``, and its gradient."""
-        return self._rest_of(self._select(points), position)
+        if self.quadratic is not None:
+            return self.quadratic.take(points).value_and_grad(position)
+        return self._rest(points, position)
 
     def _rest_of(self, here: _Selection, position: Tensor) -> tuple[Tensor, Tensor]:
         if here.quadratic is not None:

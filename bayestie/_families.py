@@ -58,29 +58,57 @@ class NotAffine(Exception):
 
 @dataclass(frozen=True)
 class Cumulant:
-    """An even part A of a natural likelihood: log p = target eta - weight A(eta) + constant."""
+    """A of a natural likelihood: log p = target eta - weight A(eta) + constant.
+
+    The methods that end in an underscore overwrite what they are given: they are the innermost loop of every
+    sweep. They may overflow to infinity far out, where `value` does not.
+    """
 
     value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
+    value_: Callable[[Tensor], Tensor]
+    # (eta, work) -> A(eta), written to work; eta becomes limit - A'(eta)
+    value_and_slope_: Callable[[Tensor, Tensor], Tensor]
+    limit: float
     curvature: Callable[[Tensor], Tensor]
     at_zero: float
 
 
-def _log_two_cosh_half(eta: Tensor) -> Tensor:
-    # log(1 + exp(eta)) - eta / 2: even, so that the exponential never overflows; in place, as this is the
-    # sweep's innermost loop.
-    size = eta.abs()
-    return size.neg().exp_().add_(1.0).log_().add_(size, alpha=0.5)
+def _logistic_value_and_slope(eta: Tensor, work: Tensor) -> Tensor:
+    odds = eta.exp_().add_(1.0)
+    torch.log(odds, out=work)
+    odds.reciprocal_()
+    return work
+
+
+def _poisson_value_and_slope(eta: Tensor, work: Tensor) -> Tensor:
+    torch.exp(eta, out=work)
+    torch.neg(work, out=eta)
+    return work
+
+
+def _gaussian_value_and_slope(eta: Tensor, work: Tensor) -> Tensor:
+    torch.mul(eta, eta, out=work).mul_(0.5)
+    eta.neg_()
+    return work
 
 
 _LOGISTIC = Cumulant(
-    _log_two_cosh_half,
-    lambda eta: torch.sigmoid(eta).sub_(0.5),
+    torch.nn.functional.softplus,
+    lambda eta: eta.exp_().add_(1.0).log_(),
+    _logistic_value_and_slope,
+    1.0,
     lambda eta: 0.25 / torch.cosh(0.5 * eta).square(),
     math.log(2.0),
 )
-_POISSON = Cumulant(torch.exp, torch.exp, torch.exp, 1.0)
-_GAUSSIAN = Cumulant(lambda eta: 0.5 * eta.square(), lambda eta: eta, torch.ones_like, 0.0)
+_POISSON = Cumulant(torch.exp, torch.exp_, _poisson_value_and_slope, 0.0, torch.exp, 1.0)
+_GAUSSIAN = Cumulant(
+    lambda eta: 0.5 * eta.square(),
+    lambda eta: eta.square_().mul_(0.5),
+    _gaussian_value_and_slope,
+    0.0,
+    torch.ones_like,
+    0.0,
+)
 
 
 @dataclass(frozen=True)
@@ -151,19 +179,19 @@ class Family:
         return scale_and_mask(log_density, scale, here["<mask>"].bool())
 
     def natural(self) -> Natural | None:
-        """The form linear in the predictor but for one even function of it, where the family has it."""
+        """The form linear in the predictor but for one convex function of it, where the family has it."""
         constants = self.constants
         value = constants["<value>"]
         scale = constants["<scale>"] * constants["<weight>"] * constants["<mask>"]
-        name, link = self.names[0], self.links[0]
-        if len(self.names) > 1:
+        if len(self.names) != 1:
             return None
+        name, link = self.names[0], self.links[0]
         kind = self.distribution
         if name == "logits" and link is None and issubclass(kind, torch.distributions.Bernoulli):
-            cumulant, weight, target = _LOGISTIC, scale, scale * (value - 0.5)
+            cumulant, weight, target = _LOGISTIC, scale, scale * value
         elif name == "logits" and link is None and issubclass(kind, torch.distributions.Binomial):
             count = constants["total_count"]
-            cumulant, weight, target = _LOGISTIC, scale * count, scale * (value - 0.5 * count)
+            cumulant, weight, target = _LOGISTIC, scale * count, scale * value
         elif (
             isinstance(link, ExpTransform)
             and name == "rate"

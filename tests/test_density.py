@@ -1,5 +1,7 @@
 """The batched density: the affine route against the lane program, curvature against differences."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -93,10 +95,51 @@ def test_wide_batches_are_cut_and_put_together(monkeypatch):
     monkeypatch.setattr(_affine, "_NARROWEST", 2)
     monkeypatch.setattr(affine, "elements", 4 * affine.matrix.shape[1])  # two points, two draws at a time
     monkeypatch.setattr(general, "max_lanes", 4)
-    assert len(list(affine._pieces(points, at))) == 2 * 6
+    affine._selections.clear()
+    assert len(list(affine._jobs(points, at))) == 6 + 3  # and one point, four draws
     for found, expected in zip(everything(), whole, strict=True):
         for cut, uncut in zip(found, expected, strict=True):
             close(cut, uncut, 1e-14)
+
+
+def test_far_out_the_short_forms_overflow_and_the_density_does_not():
+    def model(y, x):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+    x = torch.tensor([1.0, 2.0, -1.0, -2.0], dtype=torch.float64)
+    program = LaneProgram(model, ((x > 0).double(), x), {}, {})
+    affine = build_density(program)
+    assert isinstance(affine, AffineDensity)
+    at = torch.tensor([[[-3.0], [800.0], [-800.0]]], dtype=torch.float64)
+    with torch.no_grad():
+        expected = -0.5 * at[..., 0].square() - 0.5 * math.log(2.0 * math.pi)
+        expected += torch.nn.functional.logsigmoid(at * x.abs()).sum(-1)
+    value, grad = affine.value_and_grad(torch.arange(1), at)
+    close(value, expected, 1e-12)
+    close(affine.value(torch.arange(1), at), expected, 1e-12)
+    slope = (x.abs() * torch.sigmoid(-at * x.abs())).sum(-1, keepdim=True) - at
+    close(grad, slope, 1e-12)
+
+
+def test_threads_give_the_same_numbers():
+    swept = {"sigma": torch.tensor(STRENGTHS, dtype=torch.float64)}
+    program = LaneProgram(tied_copies, (COUNTS, GROUP), {}, swept)
+    affine, points = build_density(program), torch.arange(3)
+    assert isinstance(affine, AffineDensity)
+    at, threads = positions(affine, 3, batch=11), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            affine._selections.clear()
+            found.append(affine.value_and_grad(points, at))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        close(one, other, 1e-14)
 
 
 def test_sparse_designs_give_the_dense_numbers():

@@ -1,0 +1,58 @@
+"""Independent pieces of tensor work on the processor's cores, one thread each."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_here = threading.local()
+
+
+def run_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Results of ``jobs`` in order, side by side where the caller may use several threads.
+
+    A few long kernels share the cores better than one kernel split among them: threads meet once, not at the
+    end of every operation. Gradients are off in the jobs.
+    """
+    threads = min(torch.get_num_threads(), len(jobs))
+    if threads <= 1 or getattr(_here, "is_worker", False):
+        return [job() for job in jobs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return list(_pool(before).map(_run, jobs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(job: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return job()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="bayestie", initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    _here.is_worker = True
+    torch.set_num_threads(1)
+
+
+def scratch(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised memory of this thread, the same at every call: fresh pages cost more than arithmetic."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = 1
+    for length in shape:
+        size *= length
+    kept: dict[Any, Tensor] = _here.__dict__.setdefault("kept", {})
+    found = kept.get((name, like.dtype))
+    if found is None or len(found) < size:
+        found = kept[name, like.dtype] = like.new_empty(size)
+    return found[:size].view(shape)
