@@ -4,6 +4,7 @@ Generalised linear models, whatever their latents' priors. A and b are found onc
 a gradient is two matrix products and an elementwise function, and curvature is A^T W A.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_
 from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
 from bayestie._linear_map import LinearMap
 from bayestie._program import LaneInputs, LaneProgram
-from bayestie._workers import run_all, scratch
+from bayestie._workers import in_worker, run_all, scratch
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
 MAX_AFFINE = 60_000_000
@@ -220,13 +221,18 @@ class AffineDensity:
             for start in range(0, position.shape[1], batch):
                 yield here, some, slice(start, start + batch)
 
+    @property
+    def is_threadable(self) -> bool:
+        """Whether no model runs in it any more."""
+        return self.quadratic is not None
+
     def _run(self, jobs: list[Callable[[], None]]) -> None:
-        with torch.no_grad(), self.program.quiet():
-            if self.quadratic is None:  # the rest is Pyro's, which runs once at a time
+        with torch.no_grad(), contextlib.nullcontext() if in_worker() else self.program.quiet():
+            if self.is_threadable:
+                run_all(jobs)
+            else:
                 for job in jobs:
                     job()
-            else:
-                run_all(jobs)
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
         """log density, (P, batch)."""

@@ -23,6 +23,11 @@ class Density(Protocol):
     num_latent: int
     route: str
 
+    @property
+    def is_threadable(self) -> bool:
+        """Whether several threads may call it at once: Pyro's effect stack is one for all."""
+        ...
+
     def value(self, points: Tensor, position: Tensor) -> Tensor:
         """log density, shape (P, batch)."""
         ...
@@ -65,6 +70,7 @@ class ProgramDensity:
     """The density by the lane program itself."""
 
     route = "program"
+    is_threadable = False
 
     def __init__(self, program: LaneProgram):
         self.program = program

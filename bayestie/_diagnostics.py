@@ -7,16 +7,29 @@ the same formulas run here batched, and tests hold the two together.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bayestie._workers import run_all
 
-def diagnose(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+_TOGETHER = 1 << 18  # numbers diagnosed together: what a core's cache holds
+
+
+def convergence(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rank-normalised split R-hat (the larger of bulk and folded), bulk ESS, tail ESS of the worse quantile.
 
     (chains, draws, Q) -> (Q,) each.
     """
+    width = max(1, _TOGETHER // max(1, draws.shape[0] * draws.shape[1]))
+    parts = draws.split(width, 2)
+    rhat, bulk, tail = zip(*run_all([partial(_convergence, part) for part in parts]), strict=True)
+    return torch.cat(rhat), torch.cat(bulk), torch.cat(tail)
+
+
+def _convergence(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     split = _split(draws.permute(2, 0, 1).contiguous())
     flat = split.flatten(1)
     scores, ordered = _normal_scores(flat)
@@ -27,19 +40,6 @@ def diagnose(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     whole = ordered if draws.shape[1] % 2 == 0 else draws.flatten(0, 1).mT.sort(1).values
     tails = [_ess((split <= _quantile(whole, q).unsqueeze(1)).to(draws)) for q in (0.05, 0.95)]
     return rhat, _ess(bulk), torch.minimum(*tails)
-
-
-def split_rhat(draws: Tensor) -> Tensor:
-    """Rank-normalised split R-hat, the larger of bulk and folded: (chains, draws, Q) -> (Q,)."""
-    return diagnose(draws)[0]
-
-
-def effective_sample_size(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Bulk and tail effective sample size, the tail's of the worse of the 5% and 95% quantiles.
-
-    (chains, draws, Q) -> (Q,) each.
-    """
-    return diagnose(draws)[1:]
 
 
 # Inside, draws are (Q, chains, draws): every chain of a quantity lies together.
@@ -59,22 +59,27 @@ def _quantile(ordered: Tensor, q: float) -> Tensor:
 
 
 def _normal_scores(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (Q, N) -> normal scores of their ranks, and the rows sorted."""
+    """Rows (Q, N) -> normal scores of their ranks, ties sharing the mean of theirs, and the rows sorted."""
     count = flat.shape[1]
     ordered, order = flat.sort(1)
-    ranks = torch.arange(1, count + 1, dtype=flat.dtype, device=flat.device).expand_as(flat)
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    halves = torch.arange(2, 2 * count + 1, dtype=flat.dtype, device=flat.device) / 2
+    table = torch.special.ndtri((halves - 0.375) / (count + 0.25))  # of ranks 1, 1.5, 2, ...
+    scores = table[::2].expand_as(flat)
+    differs = ordered[:, 1:] != ordered[:, :-1]
+    tied = ~differs.all(1)
     if bool(tied.any()):
-        ranks = ranks.clone()
-        ranks[tied] = _average_ties(ordered[tied])
-    scores = torch.special.ndtri((ranks - 0.375) / (count + 0.25))
+        scores = scores.clone()
+        scores[tied] = table[_twice_mean_rank(differs[tied])]
     return torch.empty_like(flat).scatter_(1, order, scores), ordered
 
 
-def _average_ties(ordered: Tensor) -> Tensor:
-    first = torch.searchsorted(ordered, ordered, side="left")
-    last = torch.searchsorted(ordered, ordered, side="right")
-    return 0.5 * (first + last + 1).to(ordered)
+def _twice_mean_rank(differs: Tensor) -> Tensor:
+    """First plus last place (from 0) of the run of equal numbers at every place: (Q, N - 1) -> (Q, N)."""
+    edge = differs.new_ones(len(differs), 1)
+    place = torch.arange(differs.shape[1] + 1, device=differs.device)
+    first = torch.where(torch.cat([edge, differs], 1), place, 0).cummax(1).values
+    last = torch.where(torch.cat([differs, edge], 1), place, len(place)).flip(1).cummin(1).values.flip(1)
+    return first + last
 
 
 def _rhat(x: Tensor) -> Tensor:

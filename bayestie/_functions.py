@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from bayestie._diagnostics import diagnose as diagnose_draws
+from bayestie._diagnostics import convergence
 from bayestie._errors import ModelError
 from bayestie._results import swept_names
 
@@ -56,7 +56,7 @@ def diagnose(path: xr.DataTree, **functions: Callable[[xr.Dataset], xr.DataArray
         rest = [dim for dim in values.dims if dim not in ("chain", "draw")]
         ordered = values.transpose("chain", "draw", *rest)
         flat = torch.as_tensor(np.ascontiguousarray(ordered.values.reshape(*ordered.shape[:2], -1)))
-        found = zip(("rhat", "ess_bulk", "ess_tail"), diagnose_draws(flat.double()), strict=True)
+        found = zip(("rhat", "ess_bulk", "ess_tail"), convergence(flat.double()), strict=True)
         shape = ordered.shape[2:]
         nodes[f"/{name}"] = xr.Dataset(
             {key: (rest, x.numpy().reshape(shape)) for key, x in found},

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -12,21 +12,33 @@ from torch import Tensor
 _here = threading.local()
 
 
-def run_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+def run_all(jobs: Sequence[Callable[[], Any]], on_error: Callable[[], None] | None = None) -> list[Any]:
     """Results of ``jobs`` in order, side by side where the caller may use several threads.
 
     A few long kernels share the cores better than one kernel split among them: threads meet once, not at the
-    end of every operation. Gradients are off in the jobs.
+    end of every operation. Gradients are off in the jobs. ``on_error`` is called where one fails or the wait
+    is interrupted, before the others are waited for.
     """
     threads = min(torch.get_num_threads(), len(jobs))
-    if threads <= 1 or getattr(_here, "is_worker", False):
-        return [job() for job in jobs]
+    if threads <= 1 or in_worker():
+        return [_run(job) for job in jobs]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    futures = [_pool(before).submit(_run, job) for job in jobs]
     try:
-        return list(_pool(before).map(_run, jobs))
+        return [future.result() for future in futures]
+    except BaseException:
+        if on_error is not None:
+            on_error()
+        wait(futures)
+        raise
     finally:
         torch.set_num_threads(before)
+
+
+def in_worker() -> bool:
+    """Whether this is one of the threads of `run_all`."""
+    return getattr(_here, "is_worker", False)
 
 
 def _run(job: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayestie._diagnostics import effective_sample_size, split_rhat
+from bayestie._diagnostics import convergence
 
 
 def chains(kind: str, num_chains: int, num_draws: int) -> np.ndarray:
@@ -48,8 +48,7 @@ SHAPES = [(4, 100), (4, 101), (2, 33), (3, 250), (1, 64)]
 def test_equal_to_arviz(kind, shape):
     draws = chains(kind, *shape)
     tensor = torch.as_tensor(draws)
-    rhat = split_rhat(tensor)
-    bulk, tail = effective_sample_size(tensor)
+    rhat, bulk, tail = convergence(tensor)
     for i in range(draws.shape[-1]):
         one = draws[..., i]
         if shape[0] > 1:
@@ -60,5 +59,5 @@ def test_equal_to_arviz(kind, shape):
 
 
 def test_a_constant_counts_every_draw():
-    bulk, tail = effective_sample_size(torch.ones(4, 50, 1, dtype=torch.float64))
+    _, bulk, tail = convergence(torch.ones(4, 50, 1, dtype=torch.float64))
     assert bulk.tolist() == tail.tolist() == [200.0]

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch.distributions import constraints
 
 from bayestie._affine import build_density
-from bayestie._diagnostics import effective_sample_size
+from bayestie._diagnostics import convergence
 from bayestie._engines import Interrupted, Task, run_nuts
 from bayestie._engines._pyro import _guide_draws, _unconstrained, run_pyro_nuts, run_pyro_svi
 from bayestie._errors import OptionError
@@ -90,7 +90,7 @@ def test_pyro_nuts_agrees_with_nuts():
         position = draws.position[0]
         both = torch.cat([position, position.square()], -1)
         # The bulk ESS of ranks stands in for that of the values; half of it is on the safe side.
-        ess = effective_sample_size(both)[0] / 2.0
+        ess = convergence(both)[1] / 2.0
         means.append(both.mean((0, 1)))
         errors.append(both.flatten(0, 1).std(0) / ess.sqrt())
     assert ((means[0] - means[1]).abs() < 4.0 * (errors[0] ** 2 + errors[1] ** 2).sqrt()).all()

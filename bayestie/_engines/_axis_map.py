@@ -37,9 +37,9 @@ class AxisMap:
         width = 2.0 * _REACH / _CELLS
         inside = z.clamp(-_REACH, _REACH)
         cell = ((inside + _REACH) / width).long().clamp(max=_CELLS - 1)
-        point = torch.arange(num_points, device=z.device).view(-1, 1, 1)
-        axis = torch.arange(dim, device=z.device)
-        c3, c2, c1, c0 = self.coefficients[point, axis, cell].unbind(-1)
+        row = torch.arange(num_points * dim, device=z.device).view(num_points, 1, dim) * _CELLS + cell
+        found = self.coefficients.view(-1, 4).index_select(0, row.view(-1))
+        c3, c2, c1, c0 = found.view(*z.shape, 4).unbind(-1)
         s = inside - (cell * width - _REACH)
         slope = (3.0 * c3 * s + 2.0 * c2) * s + c1
         value = ((c3 * s + c2) * s + c1) * s + c0 + slope * (z - inside)

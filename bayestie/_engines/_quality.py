@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bayestie._diagnostics import diagnose
+from bayestie._diagnostics import convergence
 
 MAX_RHAT = 1.01
 MAX_DIVERGENT = 0.001  # of all trajectories
@@ -11,11 +11,7 @@ MAX_DIVERGENT = 0.001  # of all trajectories
 
 def quality(draws: Tensor) -> tuple[float, float, float]:
     """(max R-hat, min bulk ESS, min tail ESS) over the columns of (chains, draws, Q) that vary."""
-    moving = draws[..., draws.amax((0, 1)) > draws.amin((0, 1))]
-    if moving.shape[-1] == 0:
-        return float("inf"), 0.0, 0.0
-    rhat, bulk, tail = diagnose(moving)
-    return float(rhat.max()), float(bulk.min()), float(tail.min())
+    return qualities(draws.unsqueeze(0))[0]
 
 
 def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
@@ -24,7 +20,8 @@ def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
     joined = draws.permute(1, 2, 0, 3).flatten(2)
     moving = joined.amax((0, 1)) > joined.amin((0, 1))
     measured = torch.full((3, num_points * columns), torch.nan, dtype=draws.dtype, device=draws.device)
-    measured[:, moving] = torch.stack(diagnose(joined[..., moving]))
+    if bool(moving.any()):
+        measured[:, moving] = torch.stack(convergence(joined[..., moving]))
     found = []
     for rhat, bulk, tail in measured.reshape(3, num_points, columns).unbind(1):
         held = ~torch.isnan(bulk)
