@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from bayestie._errors import NameLookupError, OptionError, ShapeError
 from bayestie._overlap import overlap
 from bayestie._psis import psis
 from bayestie._results import build_tree
+from bayestie._sparse_collect import Columns, collect_copies
 
 KEEP = ("posterior", "log_likelihood", "log_prior", "posterior_predictive", "overlap")
 # Pointwise log likelihoods beyond this many bytes are summarised (elpd) and not stored unless asked for.
@@ -175,7 +176,7 @@ class Assembly:
 
     def tree(self, draws: Draws, gaussian: LaplaceProposal | None, begin: float) -> xr.DataTree:
         program = self.program
-        arrays = collect(program, draws.points, draws.position, self._wanted)
+        arrays = self._collect(draws.points, draws.position, self._wanted)
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, value in arrays.items():
             group, name = key.split("/", 1)
@@ -215,6 +216,13 @@ class Assembly:
             tree["overlap"] = overlap(self.task, draws, gaussian.fit, self.swept)
         return tree
 
+    def _collect(
+        self, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+    ) -> dict[str, np.ndarray]:
+        if self.task.sparse is None:
+            return collect(self.program, points, position, wanted)
+        return collect_copies(Columns(self.task.sparse.copies), points, position, wanted)
+
     def _wanted(self, key: str) -> bool:
         group = key.split("/", 1)[0]
         if group == "log_likelihood":
@@ -251,14 +259,14 @@ class Assembly:
 
     def _predictive(self, groups: dict[str, dict[str, np.ndarray]], draws: Draws) -> np.ndarray:
         """Add posterior predictive draws to ``groups``; the numbers of the draws they belong to."""
-        chains, length = self.task.num_chains, self.task.num_draws
+        chains, length = self.task.num_chains, draws.position.shape[2]
         step = max(1, length // max(1, PREDICTIVE_DRAWS // chains))
         thinned = np.arange(0, length, step)
         if self.keep is not None and "posterior_predictive" not in self.keep:
             return thinned
         position = draws.position[:, :, ::step]
         parameters: dict[str, dict[str, np.ndarray]] = {}
-        found = collect(self.program, draws.points, position, lambda key: key.startswith("parameter/"))
+        found = self._collect(draws.points, position, lambda key: key.startswith("parameter/"))
         for key, value in found.items():
             site, name = key.split("/", 1)[1].rsplit("/", 1)
             parameters.setdefault(site, {})[name] = value

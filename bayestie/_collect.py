@@ -13,7 +13,7 @@ from bayestie._program import LaneInputs, LaneProgram, base_distribution, seeded
 
 PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
 # Numbers of one lane batch: large enough to pay for a run of the model, small enough to stay near the cores.
-_ELEMENTS = 2_000_000
+ELEMENTS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _vectorised(
     rows = program.num_latent + sum(math.prod(site.shape) for site in program.deterministic.values())
     if observed:
         rows += sum(v.numel() for v in program.observed_values.values())
-    chunk = max(1, min(len(flat), _ELEMENTS // max(1, rows)))
+    chunk = max(1, min(len(flat), ELEMENTS // max(1, rows)))
     arrays: dict[str, Tensor] = {}
     for start in range(0, len(flat), chunk):
         part = slice(start, min(start + chunk, len(flat)))

@@ -50,7 +50,7 @@ class GivenCopies(Messenger):
 class Block:
     """A part of the vector x of copies and Gaussian latents.
 
-    ``tied`` says whether it holds the copies (K, *E) of a tied statement, flat, or a latent site of that name.
+    ``tied`` says whether it holds the copies (K, *E) of a tied statement, flat, or the latent site ``name``.
     """
 
     name: str

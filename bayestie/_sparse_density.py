@@ -3,12 +3,13 @@
 x holds the copies of every tied statement, the hubs' levels and the Gaussian latents; eta = A x + b. At a
 point of the sweep (and, where a few latents h stand outside x, at a value of h)
 
-    log p(y, x, h) = log p(h) + log N(x; m, P, directions) + sum_i target_i eta_i - weight_i A_i(eta_i) + const.
+    log p(y, x, h) = log p(h) + log N(x; m, P, directions) + sum_i target_i eta_i - weight_i A(eta_i) + const.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from bayestie._copy_coordinates import Block, CopyProgram, NotSparse, Reading, sites_of
 from bayestie._families import Cumulant, Family, _link
 from bayestie._program import LaneProgram, base_distribution
-from bayestie._sparse_factor import Factor, NotPositive, Pattern, choose_pattern, lower_pattern
+from bayestie._sparse_factor import NotPositive, choose_pattern, lower_pattern
 from bayestie._sparse_map import NotSparseMap, find_map
 from bayestie._sparse_prior import Level, PriorPart, copies_part, hard_part, is_hard, level_of
 
@@ -66,6 +67,7 @@ class Numbers:
     """Everything that the strength and h decide: prior and likelihood of one structure."""
 
     precision: np.ndarray  # P on the structure's pattern
+    prior: sp.csr_array  # P itself
     mean: np.ndarray  # m
     variances: np.ndarray  # D of each direction
     constant: float
@@ -97,7 +99,7 @@ class Structure:
     def __init__(self, density: "SparseDensity", parts: Sequence[PriorPart], modes: Sequence[str], seed: int):
         copies = density.copies
         self.modes, self.starts = tuple(modes), []
-        start, rows, cols, values, blocks = 0, [], [], [], []
+        start, rows, cols, blocks = 0, [], [], []
         for block, part, mode in zip(copies.blocks, parts, modes, strict=True):
             self.starts.append(start)
             blocks.append(slice(start, start + part.size))
@@ -196,12 +198,20 @@ class Structure:
         values = np.concatenate([v for p in parts for v in p.value] or [np.zeros(0)])
         return np.bincount(self._prior_place, values, len(self.pattern.row))
 
-    def product(self, data: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """A symmetric matrix of this pattern times x (n,)."""
+    def matrix(self, data: np.ndarray) -> sp.csr_array:
+        """The whole symmetric matrix with these entries of its lower triangle."""
+        place, indices, starts = self._whole
+        return sp.csr_array((data[place], indices, starts), shape=(self.size, self.size))
+
+    @cached_property
+    def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         row, col = self.pattern.row, self.pattern.col
-        off = row != col
-        out = np.bincount(row, data * x[col], self.size)
-        return out + np.bincount(col[off], data[off] * x[row[off]], self.size)
+        off = np.flatnonzero(row != col)
+        places = np.concatenate([np.arange(len(row)), off]) + 1.0
+        shape = (self.size, self.size)
+        both = sp.coo_array((places, (np.r_[row, col[off]], np.r_[col, row[off]])), shape=shape).tocsr()
+        both.sort_indices()
+        return both.data.astype(np.int64) - 1, both.indices, both.indptr
 
 
 class Gaussian:
@@ -212,7 +222,7 @@ class Gaussian:
 
     def __init__(self, structure: Structure, numbers: Numbers, weights: np.ndarray, mean: np.ndarray):
         self.structure, self.mean, self.weights = structure, mean, weights
-        data = numbers.precision + structure.curvature(weights)
+        data = self.unpinned = numbers.precision + structure.curvature(weights)
         variances = numbers.variances
         if structure.pins:
             diagonal = data[structure.pattern.row == structure.pattern.col]
@@ -259,8 +269,7 @@ class Gaussian:
 
     def square(self, step: np.ndarray) -> np.ndarray:
         """(x - mean)^T Q (x - mean) of columns (n, batch); directions of known value have no part in it."""
-        along = np.stack([self.structure.product(self.data, s) for s in step.T], 1)
-        total = (step * along).sum(0)
+        total = (step * (self.structure.matrix(self.data) @ step)).sum(0)
         if self.response is not None:
             soft = self.variances != 0
             at = (self.structure.directions.T @ step)[soft]
@@ -372,8 +381,10 @@ class SparseDensity:
             self.structures[key] = Structure(self, parts, modes, self.program.seed)
         structure = self.structures[key]
         shift = self._shift(modes, levels)
+        precision = structure.prior_precision(parts)
         numbers = Numbers(
-            precision=structure.prior_precision(parts),
+            precision=precision,
+            prior=structure.matrix(precision),
             mean=np.concatenate([p.mean for p in parts]),
             variances=np.array([v for p in parts for v in p.variances]),
             constant=sum(p.constant for p in parts) + reading.log_hyper,

@@ -1,8 +1,9 @@
 """Cholesky factors of sparse precisions that share a pattern: banded or SuperLU, with a dense border.
 
-Variables that many others see (a level, an effect of every row, the smaller side of a crossed design) form the
-border: they are eliminated last, in a dense Schur complement. The rest, the core, is banded after a reverse
-Cuthill-McKee ordering (chains, trees, groups: LAPACK pbtrf) or else left to SuperLU in symmetric mode (grids).
+Variables that many others see (a level, an effect of every row, the smaller side of a crossed design) form
+the border: they are eliminated last, in a dense Schur complement. The rest, the core, is banded after a
+reverse Cuthill-McKee ordering (chains, trees, groups: LAPACK pbtrf) or else left to SuperLU in symmetric mode
+(grids).
 """
 
 import math
@@ -148,6 +149,20 @@ class BandCore:
     def log_det(self) -> float:
         return 2.0 * float(np.log(self.banded[0]).sum())
 
+    def variances(self) -> np.ndarray | None:
+        """diag of (L L^T)^-1 where the band is at most 1, else None.
+
+        S_jj = 1 / l_jj^2 + (l_j+1,j / l_jj)^2 S_j+1,j+1 (Takahashi's equations), a bidiagonal system.
+        """
+        if self.band > 1:
+            return None
+        start = self.banded[0] ** -2.0
+        if self.band == 0:
+            return start
+        system = np.ones_like(self.banded)
+        system[1] = -((self.banded[1] / self.banded[0]) ** 2)
+        return lapack.dtbtrs(system, start, uplo="L", trans="T")[0].reshape(-1)
+
     def solve(self, right: np.ndarray) -> np.ndarray:
         if self.band == 0:
             return right / np.square(self.banded[0]).reshape(-1, *(1,) * (right.ndim - 1))
@@ -240,8 +255,29 @@ class Factor:
         return out
 
 
+def variances(factor: Factor) -> np.ndarray | None:
+    """diag Q^-1 where it is cheap: a core of band 0 or 1 and a small border; else None."""
+    core = factor.core.variances() if isinstance(factor.core, BandCore) else None
+    pattern = factor.pattern
+    if core is None:
+        return None
+    out = np.empty(pattern.size)
+    if factor.schur is not None:
+        inverse = scipy.linalg.cho_solve((factor.schur, True), np.eye(len(pattern.border)))
+        spread = factor.solved @ inverse
+        through = (
+            factor.solved * spread
+            if isinstance(factor.solved, np.ndarray)
+            else factor.solved.multiply(spread)
+        )
+        core = core + np.asarray(through.sum(1)).reshape(-1)
+        out[pattern.border] = inverse.diagonal()
+    out[pattern.core] = core
+    return out
+
+
 def lower_pattern(size: int, row: np.ndarray, col: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unique places of the lower triangle with the whole diagonal, sorted, and their keys row * size + col."""
+    """Places of the lower triangle with the whole diagonal, once each, and their keys row * size + col."""
     low, high = np.maximum(row, col), np.minimum(row, col)
     diagonal = np.arange(size, dtype=np.int64) * (size + 1)
     keys = np.unique(np.concatenate([diagonal, low.astype(np.int64) * size + high]))

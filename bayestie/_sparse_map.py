@@ -1,9 +1,9 @@
 """The sparse affine map of a function that takes few entries of a long vector per row, from few evaluations.
 
 An entry's column is read off a coded vector: where a row holds one entry a of a group of columns, f(1) - f(0)
-is a and f(code) - f(0) is a code_j. Rows with several are taken apart by colouring the columns (Curtis, Powell
-and Reid 1974, On the estimation of sparse Jacobian matrices), with colours drawn anew until every row is
-resolved. Every answer is checked at vectors that had no part in it.
+is a and f(code) - f(0) is a code_j. Rows with several are taken apart by colouring the columns (Curtis,
+Powell and Reid 1974, On the estimation of sparse Jacobian matrices), with colours drawn anew until every row
+is resolved. Every answer is checked at vectors that had no part in it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +91,7 @@ class _Prober:
             yield from self._coloured(group, open_rows)
 
     def _coloured(self, group: np.ndarray, open_rows: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """Entries of rows with several: those alone in a colour, over attempts, until they explain the row."""
+        """Entries of rows with several: each alone in some colour, over attempts, until they explain the row."""
         noise = 0.5 * self.rng.standard_normal(len(group))
         target = self.change(group, noise)
         place = np.arange(len(group))

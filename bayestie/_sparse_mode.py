@@ -1,7 +1,7 @@
 """The Gaussian at the mode of a sparse density, by Newton's method with a sparse factor."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ def log_likelihood(numbers: Numbers, eta: np.ndarray) -> float:
 def log_prior(structure: Structure, numbers: Numbers, x: np.ndarray) -> float:
     """With the latents' outside x, at reduced variables x (n,)."""
     step = x - numbers.mean
-    total = float(step @ structure.product(numbers.precision, step))
+    total = float(step @ (numbers.prior @ step))
     along = _along(structure, numbers, step)
     soft = numbers.variances != 0
     total += float((along[soft] ** 2 / numbers.variances[soft]).sum())
@@ -53,7 +53,7 @@ def _along(structure: Structure, numbers: Numbers, step: np.ndarray) -> np.ndarr
 
 def prior_slope(structure: Structure, numbers: Numbers, x: np.ndarray) -> np.ndarray:
     step = x - numbers.mean
-    slope = -structure.product(numbers.precision, step)
+    slope = -(numbers.prior @ step)
     variances = numbers.variances
     if len(variances):
         along = _along(structure, numbers, step)
@@ -91,6 +91,26 @@ class Smoothed:
         return self._mean(self.part.curvature, eta)
 
 
+def averaged(numbers: Numbers, spread: np.ndarray | None) -> tuple[Likelihood | Smoothed, ...]:
+    """The likelihoods, those that are not Gaussian averaged over each predictor's spread."""
+    parts = numbers.likelihoods
+    if spread is None:
+        return parts
+    return tuple(p if p.is_gaussian else Smoothed(p, spread[p.rows]) for p in parts)
+
+
+def shifted_mean(
+    structure: Structure, numbers: Numbers, gaussian: Gaussian, start: np.ndarray, num_steps: int = 3
+) -> np.ndarray:
+    """The mean at ``numbers`` by Newton steps from ``start`` with the factor of numbers close by."""
+    x = start
+    for _ in range(num_steps):
+        eta = structure.map @ x + numbers.offset
+        slope = prior_slope(structure, numbers, x) + structure.transposed @ slopes(numbers.likelihoods, eta)
+        x = x + gaussian.solve(slope)
+    return x
+
+
 def find_mode(
     structure: Structure,
     numbers: Numbers,
@@ -106,9 +126,7 @@ def find_mode(
         spread: sd of each predictor, to average the likelihoods over: then the variational Gaussian's mean
             and precision are found instead of the mode's.
     """
-    parts = numbers.likelihoods
-    if spread is not None:
-        parts = tuple(Smoothed(p, spread[p.rows]) if not p.is_gaussian else p for p in parts)
+    parts = averaged(numbers, spread)
     x = numbers.mean.copy() if start is None else start.copy()
     fixed = numbers.variances == 0
     if fixed.any() and np.abs(_along(structure, numbers, x - numbers.mean)[fixed]).max() > 1e-9:
@@ -124,9 +142,9 @@ def find_mode(
     gaussian = None
     for iteration in range(MAX_ITERATIONS):
         if gaussian is None or not numbers.is_gaussian:
-            weights = _weights(parts, eta)
+            weights = curvatures(parts, eta)
             gaussian = Gaussian(structure, numbers, weights, x)
-        slope = prior_slope(structure, numbers, x) + structure.transposed @ _slopes(parts, eta)
+        slope = prior_slope(structure, numbers, x) + structure.transposed @ slopes(parts, eta)
         step = gaussian.solve(slope)
         decrement = float(step @ slope)
         if not math.isfinite(decrement):
@@ -146,20 +164,22 @@ def find_mode(
             break
     assert gaussian is not None
     if not numbers.is_gaussian:
-        gaussian = Gaussian(structure, numbers, _weights(parts, eta), x)
+        gaussian = Gaussian(structure, numbers, curvatures(parts, eta), x)
     gaussian.mean = x
     log_joint = log_prior(structure, numbers, x) + log_likelihood(numbers, eta)
     return SparseFit(structure, numbers, gaussian, eta, log_joint, converged)
 
 
-def _weights(parts, eta: np.ndarray) -> np.ndarray:
+def curvatures(parts: Sequence[Likelihood | Smoothed], eta: np.ndarray) -> np.ndarray:
+    """Of all observations."""
     out = np.empty_like(eta)
     for part in parts:
         out[part.rows] = part.curvature(eta[part.rows])
     return out
 
 
-def _slopes(parts, eta: np.ndarray) -> np.ndarray:
+def slopes(parts: Sequence[Likelihood | Smoothed], eta: np.ndarray) -> np.ndarray:
+    """Of all observations."""
     out = np.empty_like(eta)
     for part in parts:
         out[part.rows] = part.slope(eta[part.rows])

@@ -1,7 +1,7 @@
 """The prior of a tie in the coordinates of its copies: a sparse precision and a few dense directions.
 
-log p(x) = -1/2 (x - m)^T P (x - m) - 1/2 sum_c (u_c^T (x - m))^2 / D_c + constant. P is L / sigma^2, with I / s^2
-in the forms `copies` and `matched`, an arrow around a hub. A level that is the mean of many copies would fill
+log p(x) = -1/2 (x - m)^T P (x - m) - 1/2 sum_c (u_c^T (x - m))^2 / D_c + constant. P is L / sigma^2, with I /
+s^2 in the forms `copies` and `matched`, an arrow around a hub. A level that is the mean of many copies would fill
 P: it is a direction u = 1/K of variance D instead, 0 where the level is known. (Rue and Held 2005, Gaussian
 Markov random fields, sections 2.3 and 3.2.)
 """
@@ -159,7 +159,9 @@ def _edges(
             label = tie.labels.numpy()
             of_hub = ridge[label[np.where(is_hub[0], right, left) % tie.num_copies], e]
             w = w + np.where(is_hub[0] | is_hub[1], of_hub, 0.0)
-        diagonal = np.bincount(left, w, num_nodes) + np.bincount(right, w, num_nodes)
+        diagonal = np.zeros(num_nodes)
+        for ends in (left, right):
+            diagonal += np.bincount(ends, w, num_nodes)
         diagonal[: tie.num_copies] += _complete_diagonal(prior) * precision[e, f]
         if e == f:
             alone = ~tie.layout.hub_mask.numpy()[tie.labels.numpy()]

@@ -19,6 +19,7 @@ import xarray as xr
 from bayestie._affine import build_density
 from bayestie._assemble import Assembly
 from bayestie._collect import quantities
+from bayestie._density import ProgramDensity
 from bayestie._engines import (
     Draws,
     Interrupted,
@@ -28,6 +29,7 @@ from bayestie._engines import (
     run_nuts,
     run_pyro_nuts,
     run_pyro_svi,
+    run_sparse,
     run_svi,
 )
 from bayestie._errors import (
@@ -40,6 +42,7 @@ from bayestie._errors import (
 )
 from bayestie._program import LaneProgram, resolve_device
 from bayestie._results import save
+from bayestie._sparse_density import SparseDensity, build_sparse_density
 
 ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
 GUIDES = ("mean_field", "low_rank", "full_rank")
@@ -274,9 +277,10 @@ def _run(
     grid = list(itertools.product(*swept.values()))
     points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
     program = LaneProgram(model, args, kwargs, points, device=resolve_device(device), seed=seed)
+    sparse, refusal = _sparse_route(program, engine)
     task = Task(
         program=program,
-        density=build_density(program),
+        density=build_density(program) if sparse is None else ProgramDensity(program),
         num_points=len(grid),
         num_chains=num_chains,
         num_draws=num_draws,
@@ -285,6 +289,8 @@ def _run(
         progress=_guarded(progress),
         options={} if guide is None else {"guide": guide},
         quantities=lambda at, position: quantities(program, at, position),
+        sparse=sparse,
+        refusal=refusal,
     )
     attrs = {
         **{f"{name}_version": version(package) for name, package in PACKAGES.items()},
@@ -295,11 +301,12 @@ def _run(
         "model": getattr(model, "__name__", type(model).__name__),
         "call": _call_text(call, model, program, swept, engine, seed),
         "swept": json.dumps(list(swept)),
-        "density_route": task.density.route,
+        "density_route": task.density.route if sparse is None else sparse.route,
         "num_latent": program.num_latent,
     }
     assembly = Assembly(task, swept, attrs, keep, dict(dims or {}), dict(coords or {}))
-    _check_start(task)
+    if sparse is None:
+        _check_start(task)
     try:
         draws, gaussian = run_engine(engine, task)
     except Interrupted as interruption:
@@ -328,10 +335,13 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
         return run_pyro_nuts(task), None
     if engine == "pyro_svi":
         return run_pyro_svi(task), None
+    if task.sparse is not None:
+        return run_sparse(task), None
     if task.program.num_latent > MAX_DENSE and engine != "svi":
+        refusal = f"; copies as coordinates do not serve it: {task.refusal}" if task.refusal else ""
         raise InferenceError(
             f"engine '{engine}'",
-            found=f"{task.program.num_latent} latent dimensions",
+            found=f"{task.program.num_latent} latent dimensions{refusal}",
             expected=f"at most {MAX_DENSE} (a dense curvature matrix per strength)",
             fix="Use engine='svi' with guide='mean_field' or 'low_rank'.",
         )
@@ -354,6 +364,13 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
 
 
 MAX_DENSE = 2000
+
+
+def _sparse_route(program: LaneProgram, engine: str) -> tuple[SparseDensity | None, str]:
+    """The density in the coordinates of the copies where dense curvature is too large, or why not."""
+    if engine not in ("auto", "laplace") or program.num_latent <= MAX_DENSE:
+        return None, ""
+    return build_sparse_density(program)
 
 
 def check_options(engine: str, num_chains: int, num_draws: int, target_ess: float, guide: str | None) -> None:

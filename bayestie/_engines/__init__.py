@@ -5,6 +5,7 @@ from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._nuts import run_nuts
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
+from bayestie._engines._sparse import run_sparse
 from bayestie._engines._svi import run_svi
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "run_nuts",
     "run_pyro_nuts",
     "run_pyro_svi",
+    "run_sparse",
     "run_svi",
 ]

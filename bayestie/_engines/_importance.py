@@ -165,7 +165,7 @@ class ImportancePool:
             mean = torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
             relative = torch.exp(log_weight - mean)
             evidence.append(log_weight.mean() if exact else mean)
-            errors.append(mean.new_zeros(()) if exact else _mean_error(relative, float(self.khat[i])))
+            errors.append(mean.new_zeros(()) if exact else mean_error(relative, float(self.khat[i])))
             ess.append(self.ess[i].new_tensor(torch.inf) if exact else self.ess[i])
             certified.append(ok)
             reasons.append(reason)
@@ -221,7 +221,7 @@ class ImportancePool:
         return True, f"importance weights have khat {khat:.2f} and effective sample size {ess:.0f}"
 
 
-def _mean_error(relative: Tensor, khat: float) -> Tensor:
+def mean_error(relative: Tensor, khat: float) -> Tensor:
     """Standard error of the mean of weights with that tail.
 
     Above khat 1/2 their variance is infinite and the mean converges as n^(khat - 1), not as n^(-1/2) (Vehtari

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayestie._density import Density
 from bayestie._program import LaneProgram
+from bayestie._sparse_density import SparseDensity
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     # (points, positions (P, chains, draws, D)) -> all posterior variables (P, chains, draws, Q)
     quantities: Callable[[Tensor, Tensor], Tensor] | None = None
+    sparse: SparseDensity | None = None  # the density in the coordinates of the copies, where it is used
+    refusal: str = ""  # why it is not, where it was tried
 
     @property
     def points(self) -> Tensor:
@@ -77,6 +80,8 @@ class Draws:
     stats: dict[str, Tensor] = field(default_factory=dict)  # (P, chains, draws) each
     # lp and laplace_log_density (P, n) at independent draws from the Laplace Gaussian, for bridge sampling
     pool: dict[str, Tensor] = field(default_factory=dict)
+    # (P, columns or quantiles x columns) each: moments over all draws made, where not all are kept
+    summary: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.points)

@@ -1,0 +1,160 @@
+"""Moments, quantiles and Monte Carlo errors of many quantities over draws that are not kept."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_BINS = 96
+_REACH = 6.0  # histogram from -6 to 6 sd about the centre
+
+
+@dataclass
+class Summary:
+    """One value per quantity, (n,)."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    quantiles: np.ndarray  # (len(QUANTILES), n)
+    mcse_mean: np.ndarray
+    mcse_sd: np.ndarray
+    mcse_quantiles: np.ndarray
+
+    def variables(self) -> dict[str, np.ndarray]:
+        return {
+            "mean": self.mean,
+            "sd": self.sd,
+            "quantiles": self.quantiles,
+            "mcse_mean": self.mcse_mean,
+            "mcse_sd": self.mcse_sd,
+            "mcse_quantiles": self.mcse_quantiles,
+        }
+
+
+class Streamed:
+    """Chains seen draw by draw: batch means of the value and of both tail indicators, and a histogram.
+
+    Args:
+        centre: about each quantity's mean, (n,).
+        scale: about its sd; tails are told apart at centre -+ 1.645 scale.
+        num_chains: chains.
+        batch: draws per batch mean.
+        histogram: keep one, for quantiles.
+    """
+
+    def __init__(
+        self, centre: np.ndarray, scale: np.ndarray, num_chains: int, batch: int, *, histogram: bool
+    ):
+        self.centre, self.scale, self.batch = centre, np.where(scale > 0, scale, 1.0), batch
+        self.size, self.num_chains = len(centre), num_chains
+        self.low, self.high = centre - 1.645 * self.scale, centre + 1.645 * self.scale
+        self.batches: list[list[np.ndarray]] = [[] for _ in range(num_chains)]  # each (3, n) float32
+        self.running = np.zeros((num_chains, 3, self.size))
+        self.count = np.zeros(num_chains, dtype=int)
+        self.squares = np.zeros(self.size)
+        self.total = np.zeros(self.size)
+        self.num = 0
+        self.histogram = np.zeros((_BINS, self.size), np.uint16) if histogram else None
+
+    def add(self, chain: int, x: np.ndarray) -> None:
+        """One draw (n,) of one chain."""
+        step = x - self.centre
+        own = self.running[chain]
+        own[0] += step
+        own[1] += x <= self.low
+        own[2] += x >= self.high
+        self.total += step
+        np.square(step, out=step)
+        self.squares += step
+        self.num += 1
+        self.count[chain] += 1
+        if self.count[chain] == self.batch:
+            self.batches[chain].append((own / self.batch).astype(np.float32))
+            own[:] = 0.0
+            self.count[chain] = 0
+        if self.histogram is not None:
+            place = ((x - self.centre) / self.scale + _REACH) * (_BINS / (2 * _REACH))
+            place = np.clip(place, 0, _BINS - 1).astype(np.int64)
+            self.histogram[place, np.arange(self.size)] += 1
+
+    def quality(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Split R-hat, bulk and tail effective sample size from batch means, (n,) each.
+
+        ESS = draws * variance / (batch * variance of the batch means): fit to find the worst quantities and
+        to watch all; ranks and Geyer's sequence (`bayestie._diagnostics`) are for those that are watched.
+        """
+        length = min(len(b) for b in self.batches)
+        length -= length % 2
+        means = np.stack([np.stack(b[:length]) for b in self.batches])  # (chains, batches, 3, n)
+        half = means.reshape(2 * self.num_chains, length // 2, 3, self.size).mean(1, dtype=float)
+        draws = self.batch * length // 2
+        variance = self.variance()
+        between = half[:, 0].var(0, ddof=1)
+        inside = variance * (1.0 - 1.0 / self.num)
+        within = np.maximum(inside - between * (1 - 1 / len(half)), 1e-300)
+        rhat = np.sqrt((draws - 1) / draws + between / within)
+        total = self.num_chains * length * self.batch
+        ess = []
+        spread = means.reshape(-1, 3, self.size).var(0, ddof=1, dtype=float)
+        for i in range(3):
+            if i == 0:
+                own = variance
+            else:
+                share = means[:, :, i].mean((0, 1), dtype=float)
+                own = share * (1 - share)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found = total * own / (self.batch * spread[i])
+            ess.append(np.where(spread[i] > 0, found, np.inf if i == 0 else total))
+        still = variance <= 1e-28 * (1.0 + np.square(self.centre))
+        bulk, tail = ess[0], np.minimum(ess[1], ess[2])
+        return np.where(still, 1.0, rhat), np.where(still, total, bulk), np.where(still, total, tail)
+
+    def mean(self) -> np.ndarray:
+        return self.centre + self.total / self.num
+
+    def variance(self) -> np.ndarray:
+        return np.maximum(self.squares / self.num - np.square(self.total / self.num), 0.0)
+
+    def summary(self) -> Summary:
+        """Over all draws seen; quantiles are interpolated in bins of an eighth of an sd."""
+        assert self.histogram is not None
+        _, bulk, tail = self.quality()
+        sd = np.sqrt(self.variance() * self.num / max(self.num - 1, 1))
+        cumulative = np.cumsum(self.histogram, 0, dtype=np.float64) / self.num
+        width = 2 * _REACH / _BINS
+        found = []
+        for q in QUANTILES:
+            place = (cumulative < q).sum(0)
+            place = np.minimum(place, _BINS - 1)
+            column = np.arange(self.size)
+            before = np.where(place > 0, cumulative[np.maximum(place - 1, 0), column], 0.0)
+            inside = np.maximum(cumulative[place, column] - before, 1e-12)
+            found.append(self.centre + self.scale * (width * (place + (q - before) / inside) - _REACH))
+        return summarised(
+            self.mean(), sd, np.stack(found), np.minimum(bulk, self.num), np.minimum(tail, self.num)
+        )
+
+
+def summarised(
+    mean: np.ndarray, sd: np.ndarray, quantiles: np.ndarray | None, bulk: np.ndarray, tail: np.ndarray
+) -> Summary:
+    """With Monte Carlo errors from effective sample sizes, by the normal's density at the quantiles.
+
+    Args:
+        mean: (n,).
+        sd: (n,).
+        quantiles: (q, n), or None for those of a normal.
+        bulk: effective sample size of the mean, inf where it is exact.
+        tail: of the tails.
+    """
+    levels = np.array(QUANTILES)
+    normal = np.array([-1.6448536269514722, -0.6744897501960817, 0.0, 0.6744897501960817, 1.6448536269514722])
+    density = np.exp(-0.5 * normal**2) / math.sqrt(2 * math.pi)
+    factor = np.sqrt(levels * (1 - levels)) / density
+    if quantiles is None:
+        quantiles = mean + normal[:, None] * sd
+    size = np.where(np.abs(levels[:, None] - 0.5) > 0.3, tail, bulk)
+    return Summary(
+        mean, sd, quantiles, sd / np.sqrt(bulk), sd / np.sqrt(2 * bulk), factor[:, None] * sd / np.sqrt(size)
+    )

@@ -1,0 +1,161 @@
+"""Draws of copies -> named arrays, as `bayestie._collect` gives them for draws of (level, z).
+
+A row holds the copies and Gaussian latents x, the latent levels, then the few other latents unconstrained.
+`{name}_z` is not made: it is as large as the copies, and a function of them and the level.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayestie._collect import ELEMENTS
+from bayestie._copy_coordinates import CopyProgram, GivenCopies
+from bayestie._program import base_distribution
+from bayestie._tie_priors import TiePrior, sum_right
+
+
+class Columns:
+    """Where each variable lies in a row of draws."""
+
+    def __init__(self, copies: CopyProgram):
+        self.copies = copies
+        self.sites: dict[str, tuple[slice, tuple[int, ...]]] = {
+            b.name: (b.slice, b.shape) for b in copies.blocks
+        }
+        start = copies.num_x
+        self.levels: dict[str, str] = {}  # tied site -> its level's site
+        for name, site in copies.tied.items():
+            about, level = site.infer["bayestie"], f"{name}_level"
+            if level not in copies.program.latent and level not in copies.program.deterministic:
+                continue
+            tie, event = about["tie"], tuple(about["event_shape"])
+            shape = event if tie.num_components == 1 else (tie.num_components, *event)
+            self.sites[level] = (slice(start, start + math.prod(shape)), shape)
+            self.levels[name] = level
+            start += math.prod(shape)
+        self.hyper = slice(start, start + copies.num_hyper)
+        self.width = self.hyper.stop
+
+    def row(self, x: np.ndarray, levels: dict[str, np.ndarray], hyper: np.ndarray) -> np.ndarray:
+        """Rows (batch, width) of copies (batch, num_x), levels (batch, c, E) and h (batch, num_hyper)."""
+        found = [levels[name].reshape(len(x), -1) for name in self.levels]
+        return np.concatenate([x, *found, hyper], 1)
+
+
+def collect_copies(
+    columns: Columns, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> dict[str, np.ndarray]:
+    """Arrays (P, chains, draws, ...) by group/name of rows (P, chains, draws, width)."""
+    copies, lead = columns.copies, position.shape[:-1]
+    arrays = {
+        f"posterior/{name}": position[..., where].reshape(*lead, *shape).numpy()
+        for name, (where, shape) in columns.sites.items()
+        if wanted(f"posterior/{name}")
+    }
+    program = copies.program
+    others = [f"posterior/{n}" for n in (*copies.hyper, *program.deterministic) if n not in columns.sites]
+    own = [f"{group}/{name}" for name in copies.tied for group in ("log_prior", "tie_energy")]
+    seen = [f"{group}/{name}" for name in program.observed for group in ("log_likelihood", "parameter")]
+    if not any(wanted(key) for key in (*others, *own, *seen)):
+        return arrays
+    observed = any(wanted(key) for key in seen)
+    flat = position.reshape(-1, position.shape[-1])
+    index = points.repeat_interleave(math.prod(lead[1:]))
+    rows = position.shape[-1] + observed * sum(v.numel() for v in program.observed_values.values())
+    chunk = max(1, ELEMENTS // rows)
+    found: dict[str, Tensor] = {}
+    for start in range(0, len(flat), chunk):
+        part = slice(start, min(start + chunk, len(flat)))
+        inputs = program.point_inputs(index[part])
+
+        def one(row: Tensor, *tensors: Tensor, inputs=inputs) -> dict[str, Tensor]:
+            values = _describe(columns, row, inputs.unflatten(tensors), observed)
+            return {key: value for key, value in values.items() if wanted(key) and key not in arrays}
+
+        with torch.no_grad(), program.quiet():
+            values = torch.vmap(one)(flat[part], *inputs.flat())
+        for key, value in values.items():
+            if key not in found:
+                found[key] = value.new_empty((len(flat), *value.shape[1:]))
+            found[key][part] = value
+    return arrays | {key: x.reshape(*lead, *x.shape[1:]).numpy() for key, x in found.items()}
+
+
+def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dict[str, Tensor]:
+    copies, program = columns.copies, columns.copies.program
+    parameters: dict[str, Tensor] = {}
+
+    def see(msg: Any) -> None:
+        base, site = base_distribution(msg["fn"]), msg["name"]
+        for name in type(base).arg_constraints:
+            value = base.__dict__.get(name)
+            if isinstance(value, Tensor):
+                parameters[f"parameter/{site}/{name}"] = value.expand(program.observed[site].shape)
+
+    x = row[: copies.num_x]
+    position = copies.position(x, row[columns.hyper])
+    with GivenCopies(copies.given(x)) as given:
+        if observed:
+            lane = program.run_lane(position, inputs, on_observed=see)
+        else:
+            sites = {
+                *copies.plain,
+                *(n for n in program.deterministic if n not in columns.sites),
+                *copies.tied,
+            }
+            lane = program.run_lane(position, inputs, without=set(program.observed), until=sites)
+    out = {f"posterior/{n}": m["value"] for n, m in lane.messages.items() if n not in program.observed}
+    for name in program.observed if observed else ():
+        out[f"log_likelihood/{name}"] = lane.log_densities[name]
+    for name in copies.plain:
+        out[f"log_prior/{name}"] = lane.log_densities[name].sum()
+    for name, prior in given.priors.items():
+        level = _level(columns, name, prior, row)
+        where, shape = columns.sites[name]
+        deviation, energy = prior_terms(prior, row[where].reshape(shape), level)
+        out[f"log_prior/{name}"], out[f"tie_energy/{name}"] = deviation, energy
+        law = prior.level_distribution
+        if law is not None and not prior.level_may_be_fixed:
+            out[f"log_prior/{columns.levels[name]}"] = law.log_prob(level).sum()
+    return out | parameters
+
+
+def _level(columns: Columns, name: str, prior: TiePrior, row: Tensor) -> Tensor:
+    if name in columns.levels:
+        where, shape = columns.sites[columns.levels[name]]
+        return row[where].reshape(shape)
+    assert prior.known_level is not None
+    return prior.known_level.expand(prior.args.level_shape)
+
+
+def prior_terms(prior: TiePrior, theta: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Log density of the deviations, (), and the energy q, (*E), of copies (K, *E) beside their level.
+
+    What `TiePrior.deviation_log_prob` and `TiePrior.energy` find from z.
+    """
+    args, tie, event_dim = prior.args, prior.tie, prior.args.event_dim
+    sigma = args.sigma.expand(args.event_shape)
+    soft = sigma > 0
+    safe = torch.where(soft, sigma, 1.0)
+    if args.event_scale_tril is not None:
+        tril = args.event_scale_tril
+
+        def whiten(value: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(tril, (value / safe)[..., None], upper=False)[..., 0]
+
+        energy = sigma.square() * tie.energy(whiten(theta), whiten(level), event_dim=event_dim)
+    else:
+        energy = tie.energy(theta, level, event_dim=event_dim)
+    square = energy / safe.square()
+    if prior.form != "level":
+        deviation = theta - prior.spread(level, "labels")
+        scale = prior.spread(prior.base_scale, "labels")
+        square = square + (deviation / scale).square().sum(-1 - event_dim)
+    coefficients = prior.coefficient_scale().expand(tie.rank, *args.event_shape)
+    logs = torch.where(coefficients > 0, coefficients, 1.0).log().sum(0)
+    density = -0.5 * square - logs - 0.5 * tie.rank * math.log(2 * math.pi) - prior.log_volume()
+    return sum_right(torch.where(soft, density, 0.0), event_dim), energy
