@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import ndtri
 from scipy.stats import rankdata
 
@@ -86,9 +85,9 @@ def _rhat(x: np.ndarray) -> np.ndarray:
 def _ess(x: np.ndarray) -> np.ndarray:
     """Geyer's initial monotone sequence."""
     _, chains, length = x.shape
-    size = next_fast_len(2 * length)
-    spectrum = rfft(x - x.mean(2, keepdims=True), n=size)
-    covariance = irfft((np.abs(spectrum) ** 2).mean(1), n=size)[:, :length] / length
+    size = 1 << (2 * length - 1).bit_length()
+    spectrum = np.fft.rfft(x - x.mean(2, keepdims=True), n=size)
+    covariance = np.fft.irfft((np.abs(spectrum) ** 2).mean(1), n=size)[:, :length] / length
     within = covariance[:, :1] * length / (length - 1)
     total = covariance[:, :1] + x.mean(2).var(1, ddof=1)[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -95,7 +95,7 @@ class NumPyroVmap(_NumPyro):
 
     def programs(self):
         def start(key, sigma, centred, warmup):
-            return self.jax.vmap(lambda *lane: self._start(*lane, warmup))(key, sigma, centred)
+            return self.jax.vmap(lambda k, s, c: self._start(k, s, c, warmup))(key, sigma, centred)
 
         return self.jax.jit(start, static_argnums=3), self.jax.jit(self.jax.vmap(self._block))
 

@@ -8,13 +8,16 @@ Densities as in `_hand_written`.
 from typing import Any
 
 import numpy as np
-import pymc as pm
-import pytensor.tensor as pt
+import pymc
+import pytensor.tensor
 
 from benchmarks._hand_written import convolution_constants, matched_variances
 
+pm: Any = pymc  # its types do not know that random variables are tensors
+pt: Any = pytensor.tensor
 
-def build(name: str, data: dict[str, Any]) -> pm.Model:
+
+def build(name: str, data: dict[str, Any]) -> Any:
     """The model of this name on these data; `sigma` and `centred` start at 1 and 0."""
     with pm.Model() as model:
         sigma = pm.Data("sigma", np.array(1.0))

@@ -25,7 +25,6 @@ class Workload:
         low, high, num: strengths, log-spaced.
         quantities: variables whose every element must reach the ESS and R-hat asked for.
         data_options: arguments of the model file's `data`.
-        rename: variable in bayestie's result -> its name in `quantities`, where they differ.
     """
 
     name: str
@@ -55,7 +54,8 @@ class Workload:
     def save_arrays(self, path: Path) -> None:
         """The data alone, for peers: they import no torch to read it."""
         data = {name: value for name, value in self.data().items() if name not in LABELS}
-        np.savez(path, **{name: np.asarray(value) for name, value in data.items()})
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in data.items()}
+        np.savez(path, **arrays)
 
     def smoke(self) -> "Workload":
         """The same with two strengths."""
