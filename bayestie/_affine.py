@@ -226,6 +226,11 @@ class AffineDensity:
         """Whether no model runs in it any more."""
         return self.quadratic is not None
 
+    @property
+    def is_skew_along_axes(self) -> bool:
+        """Only the likelihoods are skew, each along its predictors."""
+        return self.quadratic is not None
+
     def _run(self, jobs: list[Callable[[], None]]) -> None:
         with torch.no_grad(), contextlib.nullcontext() if in_worker() else self.program.quiet():
             if self.is_threadable:

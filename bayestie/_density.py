@@ -28,6 +28,11 @@ class Density(Protocol):
         """Whether several threads may call it at once: Pyro's effect stack is one for all."""
         ...
 
+    @property
+    def is_skew_along_axes(self) -> bool:
+        """Whether `axes` are the ones the density is skew along wherever one stands, as in linear models."""
+        ...
+
     def value(self, points: Tensor, position: Tensor) -> Tensor:
         """log density, shape (P, batch)."""
         ...
@@ -71,6 +76,7 @@ class ProgramDensity:
 
     route = "program"
     is_threadable = False
+    is_skew_along_axes = False
 
     def __init__(self, program: LaneProgram):
         self.program = program

@@ -49,7 +49,8 @@ class AxisMap:
 def axis_map(task: Task, fit: LaplaceFit) -> AxisMap | None:
     """The map where it makes the posterior more normal at a point, the identity elsewhere; None: nowhere."""
     dim = fit.mode.shape[1]
-    if dim > MAX_AXES or not bool(fit.converged.any()):
+    usable = dim <= MAX_AXES and task.density.is_skew_along_axes  # a funnel turns: its map would mislead
+    if not usable or not bool(fit.converged.any()):
         return None
     proposal = axis_proposal(task, fit)
     knots = torch.linspace(-_REACH, _REACH, _CELLS + 1).to(fit.mode)

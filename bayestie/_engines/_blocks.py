@@ -50,6 +50,18 @@ class Partition:
         row_label[entry_row[own < num_blocks]] = own[own < num_blocks]
         return cls(free, label, row_label, num_blocks, pattern.factor(data), coupling)
 
+    def __post_init__(self) -> None:
+        self.held = np.flatnonzero(~self.free)
+        self.all_free = not len(self.held)
+        self._row_labels: dict[int, np.ndarray] = {}
+
+    def row_labels(self, batch: int) -> np.ndarray:
+        """Block of each observation of each chain, numbered on from chain to chain, flat."""
+        if batch not in self._row_labels:
+            first = np.arange(batch)[:, None] * (self.num_blocks + 1)
+            self._row_labels[batch] = (first + self.row_label).ravel()
+        return self._row_labels[batch]
+
 
 @dataclass
 class Groups:

@@ -45,8 +45,9 @@ class StepSize:
         self.log_step = initial.log()
         self.restart()
 
-    def restart(self) -> None:
-        self.count = torch.zeros_like(self.log_step)
+    def restart(self, count: int = 0) -> None:
+        """Forget the average; ``count`` trajectories are taken to be behind the step as it stands."""
+        self.count = torch.full_like(self.log_step, count)
         self.weight = torch.zeros_like(self.log_step)
         self.average = self.log_step.clone()
 

@@ -110,10 +110,10 @@ class _Sampler:
         self._run(short, adapt=True, max_depth=5)
         window = max(16, METRIC_DRAWS // self.num_chains)
         for factor in (1,) if bool(self.at.fit.converged.all()) else (1, 2):
-            self.step.restart()
+            self.step.restart(self.num_chains)
             result = self._run(factor * window, adapt=True, max_depth=7)
             self._learn_scale(result.z[:, :, factor * window // 4 :])
-        self.step.restart()
+        self.step.restart(self.num_chains)
         self._run(short, adapt=True)
         self.step.finish()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse as sp
 import torch
 
 from bayestie._engines._blocks import Groups, Partition, partitions
@@ -34,33 +35,63 @@ _BURN_IN = 30
 _MAX_DOUBLINGS = 5
 _GOOD_ACCEPTANCE = 0.6
 _POOR_BLOCK = 0.25
-_BATCH = 25
+_BATCH = 10
+_CACHED = 100_000
+_SHORT_CHAINS = 8  # side by side for each chain that is kept
+_DIAGNOSED = 6_000_000  # numbers that are ranked between doublings
 
 
-@dataclass
+class Design:
+    """A times rows (batch, n), without a sparse product where every row of A holds one entry."""
+
+    def __init__(self, matrix: Any):
+        self.matrix = matrix
+        self.single = bool((np.diff(matrix.indptr) == 1).all())
+        self.identity = (
+            self.single
+            and matrix.shape[0] == matrix.shape[1]
+            and bool((matrix.data == 1).all())
+            and bool((matrix.indices == np.arange(matrix.shape[0])).all())
+        )
+
+    def __call__(self, step: np.ndarray) -> np.ndarray:
+        if self.identity:
+            return step
+        if self.single:
+            return step[:, self.matrix.indices] * self.matrix.data
+        return (self.matrix @ step.T).T
+
+
 class Remainder:
-    """r_i(eta) = log p_i(eta) - e_i (eta - eta_hat) + W_i (eta - eta_hat)^2 / 2, less its value at eta_hat."""
+    """r_i(eta) = log p_i(eta) - e_i (eta - eta_hat) + W_i (eta - eta_hat)^2 / 2, less its value at eta_hat.
 
-    numbers: Numbers
-    eta: np.ndarray
-    slope: np.ndarray
-    weight: np.ndarray
+    Of steps eta - eta_hat, (batch, M).
+    """
 
-    def __post_init__(self) -> None:
-        self.at_centre = np.zeros_like(self.eta)
-        self.at_centre = self(self.eta)
+    def __init__(self, numbers: Numbers, eta: np.ndarray, slope: np.ndarray, weight: np.ndarray):
+        self.numbers, self.eta, self.slope = numbers, eta, slope
+        self.half = 0.5 * weight
+        self.pull = [part.target - slope[part.rows] for part in numbers.likelihoods]
+        self.plain = [bool((part.weight == 1.0).all()) for part in numbers.likelihoods]
+        self.at_centre = 0.0
+        self.at_centre = self(np.zeros((1, len(eta))))[0]
 
-    def __call__(self, eta: np.ndarray) -> np.ndarray:
-        out = np.zeros_like(eta)
-        step = eta - self.eta
-        for part in self.numbers.likelihoods:
+    def __call__(self, step: np.ndarray) -> np.ndarray:
+        out = self.half * step
+        whole = len(self.pull) == 1
+        for part, pull, plain in zip(self.numbers.likelihoods, self.pull, self.plain, strict=True):
+            rows = slice(None) if whole else part.rows
             if part.is_gaussian:
+                out[:, rows] = 0.0
                 continue
-            rows, own = part.rows, step[part.rows]
-            size = part.cumulant.value(torch.from_numpy(eta[rows])).numpy()
-            out[rows] = own * (part.target - self.slope[rows] + 0.5 * self.weight[rows] * own)
-            out[rows] -= part.weight * size
-        return out - self.at_centre
+            own = step[:, rows]
+            left = out[:, rows]
+            left += pull
+            left *= own
+            size = part.cumulant.value_(torch.from_numpy(own + self.eta[rows])).numpy()
+            left -= size if plain else part.weight * size
+        out -= self.at_centre
+        return out
 
 
 class Target:
@@ -70,6 +101,10 @@ class Target:
         self.structure, self.numbers, self.gaussian = fit.structure, fit.numbers, fit.gaussian
         self.mean = fit.gaussian.mean
         self.log_joint = fit.log_joint
+        self.design = Design(fit.structure.map)
+        directions = fit.structure.directions[:, : len(fit.numbers.variances)]
+        small = directions.shape[1] * directions.shape[0] <= 20_000_000
+        self.means: Any = directions.T.toarray() if small else sp.csr_array(directions.T)
         self.spread = self._spread()
         self._log_scale = fit.log_evidence  # log of q's mass times the joint at its mean
 
@@ -95,16 +130,13 @@ class Target:
 
     remainder: Remainder
 
-    def eta(self, step: np.ndarray) -> np.ndarray:
-        return self.remainder.eta + self.structure.map @ step
+    def rest(self, step: np.ndarray) -> np.ndarray:
+        """Remainders (batch, M) at mean + step (batch, n)."""
+        return self.remainder(self.design(step))
 
-    def means_term(self, step: np.ndarray) -> float:
-        """log of the prior's directions at mean + step, which q has and blocks do not see."""
-        if self.gaussian.response is None:
-            return 0.0
-        variance = self.numbers.variances
-        along = (self.structure.directions.T @ step)[: len(variance)]
-        return float(-0.5 * (np.square(along) / variance).sum())
+    def means_term(self, step: np.ndarray) -> np.ndarray:
+        """log of the prior's directions at mean + step, which q has and blocks do not see, (batch,)."""
+        return -0.5 * (np.square(step @ self.means.T) / self.numbers.variances).sum(1)
 
     def sd(self) -> np.ndarray:
         """Of each variable under q: exact where the band is at most 1, else from draws."""
@@ -121,20 +153,24 @@ class Target:
 
 @dataclass
 class State:
-    """One chain: x = mean + step, its observations' remainders."""
+    """Chains side by side: x = mean + step (batch, n), their observations' remainders (batch, M)."""
 
     step: np.ndarray
     rest: np.ndarray
 
 
 class Kernel:
-    """Moves of a chain at one point."""
+    """Moves of chains at one point."""
 
     def __init__(self, target: Target, sweeps: list[list[Partition]], groups: Groups, temper: float = 1.0):
         self.target, self.sweeps, self.groups, self.temper = target, sweeps, groups, temper
-        self.accepted = [[np.zeros(p.num_blocks) for p in sweep] for sweep in sweeps]
-        self.tried = np.zeros(len(sweeps))
+        self.forget()
         self._directions()
+
+    def forget(self) -> None:
+        """Acceptance is counted anew."""
+        self.accepted = [[np.zeros(p.num_blocks) for p in sweep] for sweep in self.sweeps]
+        self.tried = np.zeros(len(self.sweeps))
 
     def _directions(self) -> None:
         """Functionals b of x that move with all that responds to them: hubs, and the means of copies."""
@@ -146,73 +182,82 @@ class Kernel:
                 columns.append(structure.directions[:, [i]].toarray().ravel())
         self.functionals = np.array(columns)
         self.inertia = 0.0  # of the autoregression of b, raised until it is accepted often enough
+        self.frozen = False
         if not len(columns):
             return
         response = gaussian.solve(np.asfortranarray(self.functionals.T))
         spread = self.functionals @ response
         spread = 0.5 * (spread + spread.T)
         self.lower = np.linalg.cholesky(spread)
-        self.carry = scipy.linalg.cho_solve((self.lower, True), response.T).T
+        self.carry = scipy.linalg.cho_solve((self.lower, True), response.T)
 
-    def start(self, rng: np.random.Generator, inflate: float) -> State:
-        structure = self.target.structure
-        step = self.target.gaussian.deviations(rng.standard_normal((1, structure.size)).T)[:, 0]
-        step = inflate * step
-        return State(step, self.target.remainder(self.target.eta(step)))
+    def start(self, rng: np.random.Generator, count: int, inflate: float) -> State:
+        noise = rng.standard_normal((count, self.target.structure.size)).T
+        step = np.ascontiguousarray(inflate * self.target.gaussian.deviations(noise).T)
+        return State(step, self.target.rest(step))
 
     def sweep(self, state: State, number: int, rng: np.random.Generator) -> None:
         """Every variable once but those held: in place."""
-        k = number % len(self.sweeps) if self.sweeps else 0
-        # Now and then a short step: independence proposals stay where q's tail is the lighter.
-        inertia = 0.0 if number % 4 else float(rng.uniform(0.3, 0.95))
-        for p, partition in enumerate(self.sweeps[k] if self.sweeps else []):
-            accepted = self._blocks(state, partition, inertia, rng)
+        num = len(self.sweeps)
+        if num:
+            k = (number + number // (4 * num)) % num
+            # Now and then a short step: independence proposals stay where q's tail is the lighter.
+            inertia = 0.0 if number % 4 else float(rng.uniform(0.3, 0.95))
+            for p, partition in enumerate(self.sweeps[k]):
+                accepted = self._blocks(state, partition, inertia, rng)
+                if inertia == 0.0:
+                    self.accepted[k][p] += accepted
             if inertia == 0.0:
-                self.accepted[k][p] += accepted
-        if inertia == 0.0 and self.sweeps:
-            self.tried[k] += 1
-        if len(self.functionals) and (len(state.step) < 20_000 or number % 4 == 1):
+                self.tried[k] += len(state.step)
+        if len(self.functionals) and (not num or state.step.shape[1] < 20_000 or number % 4 == 1):
             self._shift(state, rng)
 
     def _blocks(
         self, state: State, partition: Partition, inertia: float, rng: np.random.Generator
     ) -> np.ndarray:
-        target, factor = self.target, partition.factor
-        held = partition.coupling @ state.step
-        centre = -factor.solve(held) if partition.coupling.nnz else np.zeros_like(held)
-        noise = factor.whiten_back(rng.standard_normal(len(held)))
+        target, factor, step = self.target, partition.factor, state.step
+        batch, blocks = len(step), partition.num_blocks
+        trial = factor.whiten_back(rng.standard_normal(step.shape).T).T
         if inertia:
-            noise *= math.sqrt(1 - inertia**2)
-            noise += inertia * (state.step - centre)
-        trial = np.where(partition.free, centre + noise, state.step)
-        rest = target.remainder(target.eta(trial))
-        gain = np.bincount(partition.row_label, rest - state.rest, partition.num_blocks + 1)[:-1]
+            trial *= math.sqrt(1 - inertia**2)
+        if partition.coupling.nnz:
+            centre = -factor.solve(np.asfortranarray(partition.coupling @ step.T)).T
+            trial += (1 - inertia) * centre
+        if inertia:
+            trial += inertia * step
+        if not partition.all_free:
+            trial[:, partition.held] = step[:, partition.held]
+        rest = target.rest(trial)
+        labels = partition.row_labels(batch)
+        change = rest - state.rest
+        gain = np.bincount(labels, change.ravel(), batch * (blocks + 1)).reshape(batch, -1)
         with np.errstate(invalid="ignore", over="ignore"):
-            accept = np.log(rng.uniform(size=partition.num_blocks)) < self.temper * gain
-        whole = np.append(accept, False)
-        step = np.where(whole[partition.label], trial, state.step)
-        if target.gaussian.response is not None:
-            ratio = target.means_term(step) - target.means_term(state.step)
-            if not math.log(rng.uniform()) < ratio:
-                return np.zeros(partition.num_blocks)
-        state.step = step
-        state.rest = np.where(whole[partition.row_label], rest, state.rest)
-        return accept
+            accept = np.log(rng.uniform(size=gain.shape)) < self.temper * gain
+        accept[:, blocks] = False
+        moved = np.where(accept[:, partition.label], trial, step)
+        if len(target.numbers.variances):
+            ratio = target.means_term(moved) - target.means_term(step)
+            refused = np.log(rng.uniform(size=batch)) >= ratio
+            if refused.any():
+                accept[refused] = False
+                moved[refused] = step[refused]
+        state.step = moved
+        change *= accept[:, partition.row_label]
+        state.rest += change
+        return accept[:, :blocks].sum(0)
 
     def _shift(self, state: State, rng: np.random.Generator) -> None:
-        now = self.functionals @ state.step
-        fresh = self.lower @ rng.standard_normal(len(now))
+        now = state.step @ self.functionals.T
+        fresh = rng.standard_normal(now.shape) @ self.lower.T
         then = self.inertia * now + math.sqrt(1 - self.inertia**2) * fresh
-        step = state.step + self.carry @ (then - now)
-        rest = self.target.remainder(self.target.eta(step))
-        gain = self.temper * float((rest - state.rest).sum())
-        accept = math.log(rng.uniform()) < gain
-        if accept:
-            state.step, state.rest = step, rest
+        step = state.step + (then - now) @ self.carry
+        rest = self.target.rest(step)
+        gain = self.temper * (rest - state.rest).sum(1)
+        accept = np.log(rng.uniform(size=len(gain))) < gain
+        state.step = np.where(accept[:, None], step, state.step)
+        state.rest = np.where(accept[:, None], rest, state.rest)
         if not self.frozen:
-            self.inertia = min(max(self.inertia + (-0.02 if accept else 0.02), 0.0), 0.999)
-
-    frozen = False
+            self.inertia = min(max(self.inertia + 0.04 * (0.5 - float(accept.mean())), 0.0), 0.999)
 
     def acceptance(self) -> np.ndarray:
         """Of each block of each partition."""
@@ -225,20 +270,25 @@ class Kernel:
 def _suitable(target: Target, groups: Groups, largest: int, rng: np.random.Generator) -> tuple[Kernel, int]:
     """The largest blocks whose proposals are accepted well."""
     size = largest
+    count = _together(target.structure.size, 8)
     while True:
-        sweeps = partitions(target.structure, target.gaussian, groups, size, rng)
-        kernel = Kernel(target, sweeps, groups)
-        state = kernel.start(rng, 1.0)
-        for number in range(1, 4 * max(1, len(sweeps)) + 1):
+        kernel = Kernel(target, partitions(target.structure, target.gaussian, groups, size, rng), groups)
+        state, num = kernel.start(rng, count, 1.0), max(1, len(kernel.sweeps))
+        for number in range(1, 4 * num + 1):
             kernel.sweep(state, number, rng)
-        kernel.accepted = [[np.zeros_like(a) for a in sweep] for sweep in kernel.accepted]
-        kernel.tried[:] = 0
-        for number in range(1, 12 * max(1, len(sweeps)) + 1):
+        kernel.forget()
+        for number in range(1, 8 * num + 1):
             kernel.sweep(state, number, rng)
         rates = kernel.acceptance()
         if size <= 1 or (rates.mean() >= _GOOD_ACCEPTANCE and np.quantile(rates, 0.02) >= _POOR_BLOCK):
+            kernel.forget()
             return kernel, size
         size = max(1, size // 4)
+
+
+def _together(size: int, most: int) -> int:
+    """Chains that are moved as one batch: their state stays in the cache."""
+    return int(min(max(_CACHED // size, 1), most))
 
 
 def run_chains(
@@ -299,7 +349,7 @@ class _Probe:
         totals = []
         for _ in range(0, _PROBE, 16):
             step = target.gaussian.deviations(rng.standard_normal((16, target.structure.size)).T)
-            totals += [float(target.remainder(target.eta(s)).sum()) for s in step.T]
+            totals += target.rest(step.T).sum(1).tolist()
         self.total = np.array(totals)
 
     def weights_will_do(self, needed: float) -> bool:
@@ -322,7 +372,7 @@ def _weighted(
             count = min(32, wanted - start)
             step = target.gaussian.deviations(rng.standard_normal((count, target.structure.size)).T)
             square = np.append(square, target.gaussian.square(step))
-            rest = np.append(rest, [target.remainder(target.eta(s)).sum() for s in step.T])
+            rest = np.append(rest, target.rest(step.T).sum(1))
             steps.append(step.T)
         found = psis(torch.from_numpy(rest)[None])
         smoothed, khat = found[0][0], float(found[1][0])
@@ -354,7 +404,10 @@ def _weighted(
 
 
 class _Chains:
-    """Chains at one point, run until they are good: kept rows, watched quantities, streamed moments."""
+    """Chains at one point, run until they are good: kept rows, watched quantities, streamed moments.
+
+    Each chain that is kept is several short ones, side by side, laid end to end.
+    """
 
     def __init__(
         self,
@@ -366,40 +419,37 @@ class _Chains:
         to_rows: Callable[..., np.ndarray],
     ):
         self.task, self.point, self.target, self.kernel, self.to_rows = task, point, target, kernel, to_rows
-        self.kept, self.num = kept, 0
-        # As many draws as were asked for are made even where fewer are kept.
-        self.first = max(1, math.ceil(task.num_draws / kept))
+        size = target.structure.size
+        self.short = _together(size, _SHORT_CHAINS)
+        self.kept, self.num = math.ceil(kept / self.short), 0  # of each short chain
+        self.wanted = kept
         chains = range(task.num_chains)
         self.rngs = [task.generator(207, point, c) for c in chains]
-        self.states = [kernel.start(rng, 1.2) for rng in self.rngs]
+        self.states = [kernel.start(rng, self.short, 1.2) for rng in self.rngs]
         for number in range(_BURN_IN):
             for state, rng in zip(self.states, self.rngs, strict=True):
                 kernel.sweep(state, number, rng)
         kernel.frozen = True
-        size = target.structure.size
-        directions = target.structure.directions[:, : len(target.numbers.variances)]
-        self.directions = directions if directions.shape[1] else None
-        self.extra = directions.shape[1]
+        self.extra = len(target.numbers.variances)
         centre = np.concatenate([target.mean, np.zeros(self.extra)])
         sd = target.sd()
-        if self.directions is not None:
-            along = target.gaussian.solve(self.directions.toarray(order="F"))
-            sd = np.append(sd, np.sqrt(np.maximum((self.directions.T @ along).diagonal(), 1e-300)))
-        self.streamed = Streamed(centre, sd, task.num_chains, _BATCH, histogram=kept < task.num_draws)
+        if self.extra:
+            along = target.gaussian.solve(target.structure.directions[:, : self.extra].toarray(order="F"))
+            sd = np.append(sd, np.sqrt(np.maximum(np.diagonal(target.means @ along), 1e-300)))
+        histogram = kept < task.num_draws
+        self.streamed = Streamed(centre, sd, task.num_chains * self.short, _BATCH, histogram=histogram)
         self.watched = self._worst(size)
         self.series: list[list[np.ndarray]] = [[] for _ in chains]
-        self.totals: list[list[float]] = [[] for _ in chains]
-        self.steps = [np.empty((kept, size)) for _ in chains]
+        self.totals: list[list[np.ndarray]] = [[] for _ in chains]
+        self.steps = [np.empty((self.kept, self.short, size)) for _ in chains]
         self.stride = 1
 
     def _worst(self, size: int) -> np.ndarray:
         """Quantities to watch: all, or those in blocks that move least and some at random."""
         if size + self.extra <= _WATCHED:
             return np.arange(size + self.extra)
-        rate = np.zeros(size)
-        for sweep, accepted, tried in zip(
-            self.kernel.sweeps, self.kernel.accepted, self.kernel.tried, strict=True
-        ):
+        rate, kernel = np.zeros(size), self.kernel
+        for sweep, accepted, tried in zip(kernel.sweeps, kernel.accepted, kernel.tried, strict=True):
             for partition, own in zip(sweep, accepted, strict=True):
                 rate += np.append(own / max(tried, 1), 0.0)[partition.label]
         order = np.argsort(rate, kind="stable")[: _WATCHED // 2]
@@ -407,71 +457,71 @@ class _Chains:
         return np.unique(np.concatenate([order, rest, size + np.arange(self.extra)]))
 
     def run(self) -> tuple[bool, str, tuple[float, float, float]]:
-        until, good = self.kept * self.first, False
-        while self.stride * self.kept < until:
+        # As many draws as were asked for are made even where fewer are kept.
+        while self.stride * self.wanted < self.task.num_draws:
             self.stride *= 2
         until = self.stride * self.kept
         for doubling in range(_MAX_DOUBLINGS + 1):
             self._advance(until)
             good, reason, worst = self._verdict()
             if good or doubling == _MAX_DOUBLINGS:
-                break
+                return good, reason, worst
             for steps in self.steps:  # every second of the kept stays, the rest of the room is filled
                 half = steps[1::2].copy()
                 steps[: len(half)] = half
             self.stride *= 2
             until *= 2
-        return good, reason, worst
+        raise AssertionError
 
     def _advance(self, until: int) -> None:
         for c, (state, rng) in enumerate(zip(self.states, self.rngs, strict=True)):
             for number in range(self.num, until):
                 self.kernel.sweep(state, number, rng)
                 step = state.step
-                if self.directions is not None:
-                    step = np.append(step, self.directions.T @ step)
-                x = step + self.streamed.centre
-                self.streamed.add(c, x)
-                self.series[c].append(x[self.watched])
-                self.totals[c].append(float(state.rest.sum()))
+                if self.extra:
+                    step = np.concatenate([step, step @ self.target.means.T], 1)
+                self.streamed.add(slice(c * self.short, (c + 1) * self.short), step)
+                self.series[c].append(step[:, self.watched])
+                self.totals[c].append(state.rest.sum(1))
                 if (number + 1) % self.stride == 0:
                     self.steps[c][(number + 1) // self.stride - 1] = state.step
         self.num = until
 
     def _verdict(self) -> tuple[bool, str, tuple[float, float, float]]:
-        watched = torch.from_numpy(np.stack([np.stack(s) for s in self.series]))
-        parts = [quality(part) for part in watched.split(256, 2)]
+        total = self.num * self.task.num_chains * self.short
+        chosen = np.arange(len(self.watched))
+        all_rhat, all_bulk, all_tail = self.streamed.quality()
+        if len(chosen) * total > _DIAGNOSED:
+            own = np.minimum(all_bulk, all_tail)[self.watched] / np.square(all_rhat[self.watched])
+            chosen = np.argsort(own, kind="stable")[: max(_DIAGNOSED // total, 64)]
+        # (draws, short, W) of each chain laid end to end
+        series = [np.stack([x[:, chosen] for x in own], 1).reshape(-1, len(chosen)) for own in self.series]
+        parts = [quality(part) for part in torch.from_numpy(np.stack(series)).split(256, 2)]
         rhat = max(q[0] for q in parts)
         bulk, tail = (min(q[i] for q in parts) for i in (1, 2))
-        seen = self.streamed.size
-        if seen > len(self.watched):
-            all_rhat, all_bulk, all_tail = self.streamed.quality()
+        seen, how = self.streamed.size, ""
+        if seen > len(chosen):
             rhat, bulk = max(rhat, float(all_rhat.max())), min(bulk, float(all_bulk.min()))
             tail = min(tail, float(all_tail.min()))
-        total = self.num * self.task.num_chains
+            how = f" (ranks for {len(chosen)}, batch means for all {seen})"
         good = rhat < MAX_RHAT and min(bulk, tail) >= self.task.target_ess
-        how = (
-            ""
-            if seen <= len(self.watched)
-            else f" (ranks for {len(self.watched)}, batch means for all {seen})"
-        )
         reason = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f} over {total} draws{how}"
         if not good:
             reason += f": wanted R-hat below {MAX_RHAT} and ESS of at least {self.task.target_ess:.0f}"
         return good, reason, (rhat, bulk, tail)
 
     def result(self) -> dict[str, Any]:
-        target, kept = self.target, self.kept
+        target = self.target
         structure, numbers = target.structure, target.numbers
-        rows, lp = [], np.empty((len(self.steps), kept))
+        rows, lp = [], np.empty((len(self.steps), self.wanted))
         for c, steps in enumerate(self.steps):
-            for i, step in enumerate(steps):
-                x = target.mean + step
-                eta = target.eta(step)
-                lp[c, i] = log_prior(structure, numbers, x) + log_likelihood(numbers, eta)
-            steps += target.mean
-            rows.append(self.to_rows(structure, numbers, steps))
-            self.steps[c] = np.zeros((0, 0))  # rows hold them now
+            x = steps.swapaxes(0, 1).reshape(-1, steps.shape[2])[-self.wanted :]
+            self.steps[c] = np.zeros((0, 0, 0))  # rows hold them now
+            for i, step in enumerate(x):
+                step += target.mean
+                eta = structure.map @ step + numbers.offset
+                lp[c, i] = log_prior(structure, numbers, step) + log_likelihood(numbers, eta)
+            rows.append(self.to_rows(structure, numbers, x))
         out: dict[str, Any] = {"rows": np.stack(rows), "log_density": lp}
         if self.streamed.histogram is not None:
             out["stream"] = self.streamed
@@ -486,7 +536,7 @@ def _evidence(
     d log Z / d beta = E_beta R, whose slope is Var_beta R: the trapezoidal rule over 0, 1/2, 1 with its end
     correction, the difference from Simpson's rule as its error beside the Monte Carlo errors.
     """
-    totals = np.array(chains.totals)
+    totals = np.concatenate([np.stack(own, 1) for own in chains.totals])  # (chains, draws)
     first, last = probe.total, totals
     mean0, var0 = float(first.mean()), float(first.var(ddof=1))
     mean1, var1 = float(last.mean()), float(last.var(ddof=1))
@@ -498,11 +548,11 @@ def _evidence(
     for c, state in enumerate(chains.states):
         rng = task.generator(208, point, c)
         own = []
-        for number in range(80):
+        for number in range(60):
             middle.sweep(state, number, rng)
-            own.append(float(state.rest.sum()))
-        halves.append(own[15:])
-    half = np.array(halves)
+            own.append(state.rest.sum(1))
+        halves.append(np.stack(own[10:], 1))
+    half = np.concatenate(halves)
     mean2, error2 = float(half.mean()), _error_of_mean(half)
     corrected = (mean0 + 2 * mean2 + mean1) / 4 + (var0 - var1) / 48
     simpson = (mean0 + 4 * mean2 + mean1) / 6

@@ -48,7 +48,7 @@ class Streamed:
     ):
         self.centre, self.scale, self.batch = centre, np.where(scale > 0, scale, 1.0), batch
         self.size, self.num_chains = len(centre), num_chains
-        self.low, self.high = centre - 1.645 * self.scale, centre + 1.645 * self.scale
+        self.low, self.high = -1.645 * self.scale, 1.645 * self.scale
         self.batches: list[list[np.ndarray]] = [[] for _ in range(num_chains)]  # each (3, n) float32
         self.running = np.zeros((num_chains, 3, self.size))
         self.count = np.zeros(num_chains, dtype=int)
@@ -57,26 +57,26 @@ class Streamed:
         self.num = 0
         self.histogram = np.zeros((_BINS, self.size), np.uint16) if histogram else None
 
-    def add(self, chain: int, x: np.ndarray) -> None:
-        """One draw (n,) of one chain."""
-        step = x - self.centre
-        own = self.running[chain]
-        own[0] += step
-        own[1] += x <= self.low
-        own[2] += x >= self.high
-        self.total += step
-        np.square(step, out=step)
-        self.squares += step
-        self.num += 1
-        self.count[chain] += 1
-        if self.count[chain] == self.batch:
-            self.batches[chain].append((own / self.batch).astype(np.float32))
+    def add(self, chains: slice, step: np.ndarray) -> None:
+        """One draw of some chains, as its distance from the centre (chains, n)."""
+        own = self.running[chains]
+        own[:, 0] += step
+        own[:, 1] += step <= self.low
+        own[:, 2] += step >= self.high
+        self.total += step.sum(0)
+        self.squares += np.einsum("cn,cn->n", step, step)
+        self.num += len(step)
+        self.count[chains] += 1
+        if self.count[chains.start] == self.batch:
+            for chain, mean in zip(range(chains.start, chains.stop), own, strict=True):
+                self.batches[chain].append((mean / self.batch).astype(np.float32))
             own[:] = 0.0
-            self.count[chain] = 0
+            self.count[chains] = 0
         if self.histogram is not None:
-            place = ((x - self.centre) / self.scale + _REACH) * (_BINS / (2 * _REACH))
-            place = np.clip(place, 0, _BINS - 1).astype(np.int64)
-            self.histogram[place, np.arange(self.size)] += 1
+            for one in step:
+                place = (one / self.scale + _REACH) * (_BINS / (2 * _REACH))
+                place = np.clip(place, 0, _BINS - 1).astype(np.int64)
+                self.histogram[place, np.arange(self.size)] += 1
 
     def quality(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Split R-hat, bulk and tail effective sample size from batch means, (n,) each.
