@@ -115,26 +115,7 @@ def _start(spec: dict[str, Any], limit: float, place: Path) -> tuple[dict[str, A
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }
         file.write_text(json.dumps({**spec, "record": str(record), "started": time.monotonic()}))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks._worker", str(file)],
-            cwd=Path(__file__).parent.parent,
-            env={**os.environ, **caches},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        stopped, errors = False, ""
-        try:
-            _, errors = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            stopped = True
-        finally:
-            process.kill()
-            process.wait()
-        error = ""
-        if not stopped and process.returncode != 0:
-            lines = [line for line in errors.strip().splitlines() if line.strip()]
-            error = lines[-1][:300] if lines else f"exit status {process.returncode}"
+        stopped, error = run_limited("benchmarks._worker", str(file), limit, caches)
         means = record.with_suffix(".npy")
         return (
             json.loads(record.read_text()) if record.exists() else {},
@@ -142,3 +123,26 @@ def _start(spec: dict[str, Any], limit: float, place: Path) -> tuple[dict[str, A
             error,
             np.load(means) if means.exists() else None,
         )
+
+
+def run_limited(module: str, argument: str, limit: float, environment: dict[str, str]) -> tuple[bool, str]:
+    """`python -m module argument` in a process of its own: whether it was stopped at its limit, its error."""
+    errors = ""
+    with subprocess.Popen(
+        [sys.executable, "-m", module, argument],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return True, ""
+        finally:
+            process.kill()
+    if process.returncode == 0:
+        return False, ""
+    lines = [line for line in errors.strip().splitlines() if line.strip()]
+    return False, lines[-1][:300] if lines else f"exit status {process.returncode}"
