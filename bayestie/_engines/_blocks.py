@@ -53,7 +53,40 @@ class Partition:
     def __post_init__(self) -> None:
         self.held = np.flatnonzero(~self.free)
         self.all_free = not len(self.held)
+        self.response = self._chain_response()
         self._row_labels: dict[int, np.ndarray] = {}
+
+    def centre(self, step: np.ndarray) -> np.ndarray | None:
+        """Mean of the free given the held, (batch, n), 0 where held; None where nothing is coupled."""
+        if not self.coupling.nnz:
+            return None
+        if self.response is not None:
+            return (self.response @ step.T).T
+        return -self.factor.solve(np.asfortranarray(self.coupling @ step.T)).T
+
+    def _chain_response(self) -> Any:
+        """-Q_ff^-1 Q_fh of a chain: a free variable answers to the two held ones at its sides alone.
+
+        Two solves give it whole, and it fades within a few correlation lengths.
+        """
+        if not self.coupling.nnz or not self.factor.pattern.whole or self.factor.pattern.band != 1:
+            return None
+        size, entries = len(self.free), self.coupling.tocoo()
+        rows, cols, values = [], [], []
+        for side in (-1, 1):
+            own = entries.col - entries.row == side
+            right = np.zeros(size)
+            right[entries.row[own]] = -entries.data[own]
+            answer = self.factor.solve(right)
+            beside = np.full(self.num_blocks + 1, -1)
+            beside[self.label[entries.row[own]]] = entries.col[own]
+            kept = np.flatnonzero((np.abs(answer) > 1e-18) & self.free)
+            kept = kept[beside[self.label[kept]] >= 0]
+            rows.append(kept)
+            cols.append(beside[self.label[kept]])
+            values.append(answer[kept])
+        places = np.concatenate(rows), np.concatenate(cols)
+        return sp.csr_array((np.concatenate(values), places), shape=(size, size))
 
     def row_labels(self, batch: int) -> np.ndarray:
         """Block of each observation of each chain, numbered on from chain to chain, flat."""

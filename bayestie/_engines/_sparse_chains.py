@@ -33,7 +33,9 @@ _PROBE = 128  # independent draws of q that tell how far from Gaussian the poste
 _WATCHED = 3000  # quantities whose every draw is kept for rank-normalised diagnostics
 _BURN_IN = 30
 _MAX_DOUBLINGS = 5
-_GOOD_ACCEPTANCE = 0.6
+_GOOD_ACCEPTANCE = 0.85
+_FAIR_ACCEPTANCE = 0.6  # of blocks of up to
+_LONG_BLOCK = 200
 _POOR_BLOCK = 0.25
 _BATCH = 10
 _CACHED = 100_000
@@ -220,9 +222,9 @@ class Kernel:
         trial = factor.whiten_back(rng.standard_normal(step.shape).T).T
         if inertia:
             trial *= math.sqrt(1 - inertia**2)
-        if partition.coupling.nnz:
-            centre = -factor.solve(np.asfortranarray(partition.coupling @ step.T)).T
-            trial += (1 - inertia) * centre
+        centre = partition.centre(step)
+        if centre is not None:
+            trial += (1 - inertia) * centre if inertia else centre
         if inertia:
             trial += inertia * step
         if not partition.all_free:
@@ -272,7 +274,8 @@ def _suitable(target: Target, groups: Groups, largest: int, rng: np.random.Gener
     size = largest
     count = _together(target.structure.size, 8)
     while True:
-        kernel = Kernel(target, partitions(target.structure, target.gaussian, groups, size, rng), groups)
+        sweeps = partitions(target.structure, target.gaussian, groups, size, rng)
+        kernel = Kernel(target, sweeps, groups)
         state, num = kernel.start(rng, count, 1.0), max(1, len(kernel.sweeps))
         for number in range(1, 4 * num + 1):
             kernel.sweep(state, number, rng)
@@ -280,7 +283,11 @@ def _suitable(target: Target, groups: Groups, largest: int, rng: np.random.Gener
         for number in range(1, 8 * num + 1):
             kernel.sweep(state, number, rng)
         rates = kernel.acceptance()
-        if size <= 1 or (rates.mean() >= _GOOD_ACCEPTANCE and np.quantile(rates, 0.02) >= _POOR_BLOCK):
+        enough = _GOOD_ACCEPTANCE if size > _LONG_BLOCK else _FAIR_ACCEPTANCE
+        if size <= 1 or (rates.mean() >= enough and np.quantile(rates, 0.02) >= _POOR_BLOCK):
+            if 1 < size <= 64:  # skew copies: single ones are accepted more often
+                sweeps += partitions(target.structure, target.gaussian, groups, max(1, size // 16), rng)
+                kernel = Kernel(target, sweeps, groups)
             kernel.forget()
             return kernel, size
         size = max(1, size // 4)
@@ -437,7 +444,9 @@ class _Chains:
             along = target.gaussian.solve(target.structure.directions[:, : self.extra].toarray(order="F"))
             sd = np.append(sd, np.sqrt(np.maximum(np.diagonal(target.means @ along), 1e-300)))
         histogram = kept < task.num_draws
-        self.streamed = Streamed(centre, sd, task.num_chains * self.short, _BATCH, histogram=histogram)
+        self.streamed = Streamed(
+            centre, sd, task.num_chains * self.short, _BATCH, histogram=histogram, joined=self.short
+        )
         self.watched = self._worst(size)
         self.series: list[list[np.ndarray]] = [[] for _ in chains]
         self.totals: list[list[np.ndarray]] = [[] for _ in chains]

@@ -7,6 +7,7 @@ import numpy as np
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 96
+_MAX_BATCHES = 40  # per chain
 _REACH = 6.0  # histogram from -6 to 6 sd about the centre
 
 
@@ -38,16 +39,26 @@ class Streamed:
     Args:
         centre: about each quantity's mean, (n,).
         scale: about its sd; tails are told apart at centre -+ 1.645 scale.
-        num_chains: chains.
+        num_chains: chains, all as long.
+        joined: chains that count as one, laid end to end: R-hat compares halves of these.
         batch: draws per batch mean.
         histogram: keep one, for quantiles.
     """
 
     def __init__(
-        self, centre: np.ndarray, scale: np.ndarray, num_chains: int, batch: int, *, histogram: bool
+        self,
+        centre: np.ndarray,
+        scale: np.ndarray,
+        num_chains: int,
+        batch: int,
+        *,
+        histogram: bool,
+        joined: int = 1,
     ):
+        self.joined = joined
         self.centre, self.scale, self.batch = centre, np.where(scale > 0, scale, 1.0), batch
         self.size, self.num_chains = len(centre), num_chains
+        self.length = np.full(num_chains, batch)  # of each chain's batches: doubled as they grow many
         self.low, self.high = -1.645 * self.scale, 1.645 * self.scale
         self.batches: list[list[np.ndarray]] = [[] for _ in range(num_chains)]  # each (3, n) float32
         self.running = np.zeros((num_chains, 3, self.size))
@@ -67,9 +78,16 @@ class Streamed:
         self.squares += np.einsum("cn,cn->n", step, step)
         self.num += len(step)
         self.count[chains] += 1
-        if self.count[chains.start] == self.batch:
-            for chain, mean in zip(range(chains.start, chains.stop), own, strict=True):
-                self.batches[chain].append((mean / self.batch).astype(np.float32))
+        length = self.length[chains.start]
+        if self.count[chains.start] == length:
+            for chain, total in zip(range(chains.start, chains.stop), own, strict=True):
+                self.batches[chain].append((total / length).astype(np.float32))
+                if len(self.batches[chain]) == _MAX_BATCHES:
+                    pairs = self.batches[chain]
+                    self.batches[chain] = [
+                        0.5 * (a + b) for a, b in zip(pairs[::2], pairs[1::2], strict=True)
+                    ]
+                    self.length[chain] *= 2
             own[:] = 0.0
             self.count[chains] = 0
         if self.histogram is not None:
@@ -87,16 +105,17 @@ class Streamed:
         length = min(len(b) for b in self.batches)
         length -= length % 2
         means = np.stack([np.stack(b[:length]) for b in self.batches])  # (chains, batches, 3, n)
-        half = means.reshape(2 * self.num_chains, length // 2, 3, self.size).mean(1, dtype=float)
-        draws = self.batch * length // 2
+        num = 2 * self.num_chains // self.joined
+        half = means[:, :, 0].reshape(num, -1, self.size).mean(1, dtype=float)
+        batch = int(self.length[0])
+        draws = batch * length * self.joined // 2
         variance = self.variance()
-        between = half[:, 0].var(0, ddof=1)
-        inside = variance * (1.0 - 1.0 / self.num)
-        within = np.maximum(inside - between * (1 - 1 / len(half)), 1e-300)
+        between = half.var(0, ddof=1)
+        within = np.maximum(variance - between * (1 - 1 / num), 1e-300)
         rhat = np.sqrt((draws - 1) / draws + between / within)
-        total = self.num_chains * length * self.batch
+        total = self.num_chains * length * batch
         ess = []
-        spread = means.reshape(-1, 3, self.size).var(0, ddof=1, dtype=float)
+        spread = means.reshape(-1, 3, self.size).var(0, ddof=1)
         for i in range(3):
             if i == 0:
                 own = variance
@@ -104,7 +123,7 @@ class Streamed:
                 share = means[:, :, i].mean((0, 1), dtype=float)
                 own = share * (1 - share)
             with np.errstate(divide="ignore", invalid="ignore"):
-                found = total * own / (self.batch * spread[i])
+                found = total * own / (batch * spread[i])
             ess.append(np.where(spread[i] > 0, found, np.inf if i == 0 else total))
         still = variance <= 1e-28 * (1.0 + np.square(self.centre))
         bulk, tail = ess[0], np.minimum(ess[1], ess[2])
