@@ -50,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--search-factor", type=float, default=3.0, help="limits that a search may take")
     parser.add_argument("--plans", type=Path, help="results.json of an earlier run: its settings, no search")
     parser.add_argument("--smoke", action="store_true", help="two strengths, few draws: does it run?")
+    parser.add_argument("--strengths", type=int, help="how many, instead of the workload's own number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out") / "benchmarks")
     given = parser.parse_args(argv)
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     plans = json.loads(given.plans.read_text())["plans"] if given.plans else {}
-    options = Options(given.limit, given.search_factor, given.smoke, plans, given.seed)
+    options = Options(given.limit, given.search_factor, given.smoke, given.strengths, plans, given.seed)
     given.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": machine(), "limit": given.limit, "plans": dict(plans), "results": []}
     text = [

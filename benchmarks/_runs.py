@@ -31,6 +31,7 @@ class Options:
     Attributes:
         limit: seconds of a contender's timed process; its search may take `search_factor` times that.
         smoke: two strengths, few draws, no search.
+        num: strengths, where not the workload's own number.
         plans: settings found by an earlier search, by workload and contender.
         seed: of all contenders.
     """
@@ -38,6 +39,7 @@ class Options:
     limit: float = 600.0
     search_factor: float = 3.0
     smoke: bool = False
+    num: int | None = None
     plans: dict[str, dict[str, list[dict[str, int]]]] = field(default_factory=dict)
     seed: int = 0
 
@@ -61,7 +63,8 @@ class Result:
 
 def run_workload(name: str, contenders: Sequence[str], options: Options, say: Say) -> list[Result]:
     """All contenders on one workload, one after another."""
-    workload = WORKLOADS[name].smoke() if options.smoke else WORKLOADS[name]
+    wanted_num = options.num or (2 if options.smoke else None)
+    workload = WORKLOADS[name].shortened(wanted_num, options.smoke)
     known = dict(options.plans.get(name, {}))
     results = []
     with tempfile.TemporaryDirectory() as place:
@@ -71,7 +74,7 @@ def run_workload(name: str, contenders: Sequence[str], options: Options, say: Sa
         # The owner of settings that others take over goes first.
         for contender in sorted(contenders, key=lambda c: (c in TAKES_OVER, c != "numpyro")):
             spec = {"workload": name, "contender": contender, "arrays": str(arrays), "smoke": options.smoke}
-            spec |= {"seed": options.seed, "most": 8_000}
+            spec |= {"seed": options.seed, "most": 8_000, "num": num}
             lent = known.get(TAKES_OVER.get(contender, ""))
             if options.smoke:
                 # Few draws certify no importance weights, and bayestie would go on to NUTS.

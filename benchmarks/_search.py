@@ -32,6 +32,8 @@ def search(contender: Contender, given: list[Setting] | None, most: int, found: 
             parametrisations = [0] * len(strengths)
         _all_at_once(contender, strengths, parametrisations, schedule, found)
         return
+    # Compiled before anything is compared: else the first parametrisation tried would always be the slower.
+    contender.run(strengths[:1], [Setting(0, 50, WARMUP)], _silent)
     settings, passed = [], []
     for sigma in strengths:
         setting, ok = _one_strength(contender, sigma, schedule, settings[-1] if settings else None)

@@ -97,9 +97,7 @@ def timed(contender: Contender, settings: list[Setting], started: float, record:
 def main() -> None:
     """Run what the specification asks for."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    workload = WORKLOADS[spec["workload"]]
-    if spec["smoke"]:
-        workload = workload.smoke()
+    workload = WORKLOADS[spec["workload"]].shortened(spec["num"], spec["smoke"])
     record = Record(Path(spec["record"]))
     try:
         contender = load_contender(spec["contender"], workload, Path(spec["arrays"]), spec["seed"])

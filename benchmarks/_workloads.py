@@ -57,10 +57,10 @@ class Workload:
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in data.items()}
         np.savez(path, **arrays)
 
-    def smoke(self) -> "Workload":
-        """The same with two strengths."""
-        short = {"num_steps": 30} if "num_steps" in self.data_options else {}
-        return replace(self, num=2, data_options={**self.data_options, **short})
+    def shortened(self, num: int | None, smoke: bool) -> "Workload":
+        """The same with `num` strengths; with little data where the data have a size."""
+        short = {"num_steps": 30} if smoke and "num_steps" in self.data_options else {}
+        return replace(self, num=num or self.num, data_options={**self.data_options, **short})
 
 
 def load_arrays(path: Path) -> dict[str, Any]:

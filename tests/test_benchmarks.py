@@ -197,7 +197,7 @@ class Autoregression:
 
     together = False
     parametrisations = (0, 1)
-    workload = SMALL["W1"].smoke()
+    workload = SMALL["W1"].shortened(2, True)
 
     def run(self, strengths, settings, progress):
         rng, found = np.random.default_rng(0), []
