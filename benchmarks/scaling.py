@@ -63,7 +63,7 @@ def point(curve: str, size: int, record: Record) -> None:
     before = memory_mib()[0]
     for name in ("cold", "warm"):
         begin = time.perf_counter()
-        said = bt.sweep(model, **keywords, seed=0, keep=("posterior",))["sweep"]
+        said: Any = bt.sweep(model, **keywords, seed=0, keep=("posterior",))["sweep"]
         record.update(**{name: time.perf_counter() - begin})
         if name == "cold":
             record.update(
@@ -147,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "import bayestie; bayestie.sweep, bayestie.tied, bayestie.Tie", "import pyro", times
         ),
     }
-    tables = [("Imports, s of process time", ("what", "s"), [[k, f"{v:.3f}"] for k, v in imports.items()])]
+    tables: list[tuple[str, tuple[str, ...], list[list[str]]]] = [
+        ("Imports, s of process time", ("what", "s"), [[k, f"{v:.3f}"] for k, v in imports.items()])
+    ]
     num, engines = (2, RATIO_ENGINES[:1]) if given.smoke else (16, RATIO_ENGINES)
     ratios = [measured({"kind": "ratio", "engine": engine, "num": num}, limit) for engine in engines]
     rows = [
