@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from benchmarks import _judge, _search
+from benchmarks import _judge, _search, gpu, scaling
 from benchmarks.__main__ import main
 from benchmarks._contender import Setting
 from benchmarks._workloads import WORKLOADS, load_arrays
@@ -234,3 +234,25 @@ def test_a_contender_is_stopped_at_its_limit(tmp_path):
     assert main([*options, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["stopped"]
     assert "> 0" in (tmp_path / "results.md").read_text()
+
+
+def test_scaling_measures_a_curve(tmp_path):
+    assert scaling.main(["--smoke", "--curve", "copies", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert [point["error"] for point in found["points"]] == [""]
+    assert found["points"][0]["certified"] == "2 of 2" and found["ratios"][0]["ratio"] > 0
+    assert found["imports"]["import bayestie, over pyro"] < 0.3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_gpu_script_says_what_it_needs(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_on_the_cpu_too(tmp_path):
+    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert [part["error"] for part in found] == [""] * len(found)
+    assert "NOT" not in found[0]["result"]
