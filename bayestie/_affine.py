@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes, triangular_axes
 from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
+from bayestie._latent_scale import LatentScale, ScaleSite, find_scale_site, latent_scale, value_and_slope
 from bayestie._linear_map import LinearMap
 from bayestie._program import LaneInputs, LaneProgram
+from bayestie._quadratic import Quadratic
 from bayestie._workers import in_worker, run_all, scratch
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
@@ -27,26 +29,6 @@ MAX_AFFINE = 60_000_000
 _CACHED_ELEMENTS = 1 << 18
 _NARROWEST = 16  # draws worked on at once, at least
 _REMEMBERED = 3  # sets of points whose maps are kept
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """constant + d (slope + curvature d / 2) with d = u - centre, at every point."""
-
-    centre: Tensor  # (P, D)
-    constant: Tensor  # (P,)
-    slope: Tensor  # (P, D)
-    curvature: Tensor  # (P, D, D)
-
-    def take(self, points: Tensor) -> "Quadratic":
-        return Quadratic(*(x[points] for x in (self.centre, self.constant, self.slope, self.curvature)))
-
-    def value_and_grad(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Value (P, batch) and gradient (P, batch, D) at positions (P, batch, D)."""
-        step = position - self.centre.unsqueeze(1)
-        half = 0.5 * torch.bmm(step, self.curvature)
-        slope = self.slope.unsqueeze(1) + half
-        return self.constant.unsqueeze(1) + (step * slope).sum(-1), slope + half
 
 
 @dataclass(frozen=True)
@@ -99,6 +81,7 @@ class _Selection:
     pull: Tensor  # (P, D): the constant part of their gradient, (target - limit weight) A
     constant: Tensor  # (P,)
     quadratic: Quadratic | None
+    latent_scale: LatentScale | None
 
 
 class AffineDensity:
@@ -120,12 +103,17 @@ class AffineDensity:
         rest: Callable[..., Any],
         rest_hessian: Callable[..., Tensor],
         quadratic: Quadratic | None,
+        scale_site: ScaleSite | None = None,
     ):
         self.program, self.num_latent = program, program.num_latent
         self.families, self.matrix, self.offset = list(families), matrix, offset  # (S, M, D), (S, M)
         self.naturals = [family.natural() for family in families]
         self._rest, self._rest_hessian, self.quadratic = rest, rest_hessian, quadratic
+        self.latent_scale: LatentScale | None = None
         self._selections: list[tuple[Tensor, list[tuple[slice, _Selection]]]] = []
+        if scale_site is not None:
+            self.latent_scale = latent_scale(scale_site, families, matrix, offset)
+            self._drop(scale_site.families)
         if quadratic is not None:
             self._absorb(quadratic)
         self.elements = MAX_ELEMENTS if program.device.type == "cuda" else _CACHED_ELEMENTS
@@ -133,7 +121,6 @@ class AffineDensity:
     def _absorb(self, quadratic: Quadratic) -> None:
         """Gaussian likelihoods into the quadratic, written about its own top where it is all there is."""
         points = torch.arange(self.program.num_points, device=self.matrix.device)
-        rows = torch.ones(self.matrix.shape[1], dtype=torch.bool, device=self.matrix.device)
         parts = self._parts(points)
         absorbed = [
             (part, part.natural) for part in parts if part.natural is not None and part.natural.is_gaussian
@@ -142,15 +129,13 @@ class AffineDensity:
             return
         curvature, slope = quadratic.curvature, quadratic.slope
         for part, natural in absorbed:
-            rows[part.rows] = False
             matrix, offset = self.matrix[:, part.rows], self.offset[:, part.rows].unsqueeze(-1)
             weight = torch.ones_like(offset[:1]) if part.weight is None else part.weight
             pull = (natural.target.unsqueeze(-1) - weight * offset).expand(len(matrix), -1, 1)
             slope = slope + torch.bmm(matrix.mT, pull).squeeze(-1)
             curvature = curvature - torch.bmm((matrix * weight).mT, matrix)
-        kept = [i for i, part in enumerate(parts) if part.natural is None or not part.natural.is_gaussian]
         centre = quadratic.centre
-        if not kept:
+        if len(absorbed) == len(parts) and self.latent_scale is None:
             factor, info = torch.linalg.cholesky_ex(-curvature)
             top = centre + torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
             usable = (info == 0) & torch.isfinite(top).all(-1)
@@ -164,7 +149,17 @@ class AffineDensity:
             constant = constant + plain.value_and_slope_(eta, eta).squeeze(-1)
             slope = slope + torch.bmm(self.matrix[:, part.rows].mT, eta[:, part.rows]).squeeze(-1)
         self.quadratic = Quadratic(centre, constant, slope, curvature)
+        self._drop([i for i, n in enumerate(self.naturals) if n is not None and n.is_gaussian])
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Leave out families that are accounted for elsewhere, with their predictors."""
+        rows, start = torch.ones(self.matrix.shape[1], dtype=torch.bool, device=self.matrix.device), 0
+        for number, family in enumerate(self.families):
+            stop = start + family.size * len(family.names)
+            rows[start:stop] = number not in numbers
+            start = stop
         self.matrix, self.offset = self.matrix[:, rows], self.offset[:, rows]
+        kept = [i for i in range(len(self.families)) if i not in numbers]
         self.families = [self.families[i] for i in kept]
         self.naturals = [self.naturals[i] for i in kept]
 
@@ -212,7 +207,8 @@ class AffineDensity:
             here = n.constant if len(n.constant) == 1 else n.constant[points]
             constant = constant + here + (target * offset[:, part.rows]).sum(1)
         quadratic = None if self.quadratic is None else self.quadratic.take(points)
-        return _Selection(points, LinearMap(matrix, offset), parts, linear, pull, constant, quadratic)
+        scale = None if self.latent_scale is None else self.latent_scale.take(points)
+        return _Selection(points, LinearMap(matrix, offset), parts, linear, pull, constant, quadratic, scale)
 
     def _jobs(self, points: Tensor, position: Tensor) -> Iterator[tuple[_Selection, slice, slice]]:
         """Points and draws that are worked on together, small enough for the cache."""
@@ -229,7 +225,7 @@ class AffineDensity:
     @property
     def is_skew_along_axes(self) -> bool:
         """Only the likelihoods are skew, each along its predictors."""
-        return self.quadratic is not None
+        return self.quadratic is not None and self.latent_scale is None
 
     def _run(self, jobs: list[Callable[[], None]]) -> None:
         with torch.no_grad(), contextlib.nullcontext() if in_worker() else self.program.quiet():
@@ -398,7 +394,7 @@ class AffineDensity:
             out.view(-1, len(nodes)).index_add_(0, p * self.num_latent + j, change)
 
     def _rest_profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
-        if self.quadratic is not None:
+        if self.quadratic is not None and self.latent_scale is None:
             here = self.quadratic.take(points)
             slope = here.value_and_grad(mode.unsqueeze(1))[1]
             first = (slope @ factor).squeeze(1)
@@ -409,20 +405,34 @@ class AffineDensity:
         return value.reshape(len(points), self.num_latent, -1)
 
     def _prior_hessian(self, points: Tensor, position: Tensor) -> Tensor:
-        if self.quadratic is not None:
-            return self.quadratic.curvature[points]
-        return self._rest_hessian(points, position)
+        if self.quadratic is None:
+            return self._rest_hessian(points, position)
+        curvature = self.quadratic.curvature[points]
+        return (
+            curvature
+            if self.latent_scale is None
+            else curvature + self.latent_scale.take(points).hessian(position)
+        )
 
     def rest(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The log joint without the affine likelihoods still in ``families``, and its gradient."""
-        if self.quadratic is not None:
-            return self.quadratic.take(points).value_and_grad(position)
-        return self._rest(points, position)
+        if self.quadratic is None:
+            return self._rest(points, position)
+        scale = None if self.latent_scale is None else self.latent_scale.take(points)
+        return _smooth(self.quadratic.take(points), scale, position)
 
     def _rest_of(self, here: _Selection, position: Tensor) -> tuple[Tensor, Tensor]:
         if here.quadratic is not None:
-            return here.quadratic.value_and_grad(position)
+            return _smooth(here.quadratic, here.latent_scale, position)
         return self._rest(here.points, position)
+
+
+def _smooth(quadratic: Quadratic, scale: LatentScale | None, position: Tensor) -> tuple[Tensor, Tensor]:
+    value, grad = quadratic.value_and_grad(position)
+    if scale is not None:
+        own, slope = scale.value_and_grad(position)
+        value, grad = value + own, grad + slope
+    return value, grad
 
 
 def build_density(program: LaneProgram) -> Density:
@@ -479,9 +489,19 @@ def _find_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity
                 return None
 
     rest, rest_hessian = _rest_functions(program, {f.site for f in families})
-    density = AffineDensity(
-        program, families, matrix, offset, rest, rest_hessian, _quadratic(rest, rest_hessian, points, probe)
-    )
+    curvature = rest_hessian(points, torch.zeros_like(probe[0]))
+    quadratic, site = None, find_scale_site(program, families, matrix)
+    if site is not None:
+        own = _without_prior(rest, site)
+        near, still = probe.clone(), curvature.clone()
+        near[..., site.column].clamp_(-0.5, 0.5)  # far out its prior is all there is, and hides the rest
+        still[:, site.column] = 0.0
+        still[:, :, site.column] = 0.0
+        quadratic = _quadratic(own, still, points, near)
+        rest, site = (own, site) if quadratic is not None else (rest, None)
+    if quadratic is None:
+        quadratic = _quadratic(rest, curvature, points, probe)
+    density = AffineDensity(program, families, matrix, offset, rest, rest_hessian, quadratic, site)
     ours, theirs = density.value(points, probe[2].unsqueeze(1)), general.value(points, probe[2].unsqueeze(1))
     agree = (ours - theirs).abs() <= 1e-9 * (1.0 + theirs.abs())
     return density if bool(agree.all()) else None
@@ -511,10 +531,20 @@ def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
     return rest, rest_hessian
 
 
-def _quadratic(rest: Any, rest_hessian: Any, points: Tensor, probe: Tensor) -> Quadratic | None:
-    """The rest about the origin if it is a quadratic at every point, else None."""
+def _without_prior(rest: Any, site: ScaleSite) -> Any:
+    def without(points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = rest(points, position)
+        prior, slope = value_and_slope(site.log_prior, position[..., site.column])
+        grad = grad.clone()
+        grad[..., site.column] -= slope
+        return value - prior, grad
+
+    return without
+
+
+def _quadratic(rest: Any, curvature: Tensor, points: Tensor, probe: Tensor) -> Quadratic | None:
+    """The rest about the origin if it is a quadratic of that curvature at every point, else None."""
     origin = torch.zeros_like(probe[0])
-    curvature = rest_hessian(points, origin)
     value, slope = (x.squeeze(1) for x in rest(points, origin.unsqueeze(1)))
     for at in (probe[0], probe[1], 8.0 * probe[2]):
         found, found_slope = (x.squeeze(1) for x in rest(points, at.unsqueeze(1)))

@@ -81,20 +81,37 @@ class AxisProposal:
 def axis_proposal(task: Task, fit: LaplaceFit) -> AxisProposal:
     """Profiles of the posterior along the oriented axes of a Laplace fit, at each of its points."""
     factor = task.density.axes(fit.points, fit.factor)
-    nodes = torch.tensor([-x for x in reversed(_SIDE)] + [0.0] + list(_SIDE)).to(fit.mode)
+    nodes = torch.as_tensor(_nodes()).to(fit.mode)
     profile = task.density.profile(fit.points, fit.mode, factor, nodes)
     top = profile.nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax(-1, keepdim=True)
     profile = torch.nan_to_num(profile - top, nan=-_DROP, neginf=-_DROP).clamp(min=-_DROP)
-    fine = np.interp(
-        np.arange((len(nodes) - 1) * _CELLS + 1) / _CELLS, np.arange(len(nodes)), nodes.cpu().numpy()
-    )
-    height = PchipInterpolator(nodes.cpu().numpy(), profile.cpu().numpy(), axis=-1)(fine)
-    edges, log_height = torch.as_tensor(fine).to(fit.mode), torch.as_tensor(height).to(fit.mode)
+    edges = fine_edges().to(fit.mode)
+    height = PchipInterpolator(_nodes(), profile.cpu().numpy(), axis=-1)(edges.cpu().numpy())
+    return piecewise(fit.mode, factor, fit.log_det, edges, torch.as_tensor(height).to(fit.mode))
+
+
+def _nodes() -> np.ndarray:
+    return np.array([-x for x in reversed(_SIDE)] + [0.0, *_SIDE])
+
+
+def fine_edges() -> Tensor:
+    """The edges of all cells, in standard deviations."""
+    nodes = _nodes()
+    places = np.arange((len(nodes) - 1) * _CELLS + 1) / _CELLS
+    return torch.as_tensor(np.interp(places, np.arange(len(nodes)), nodes))
+
+
+def piecewise(
+    mode: Tensor, factor: Tensor, log_det: Tensor, edges: Tensor, log_height: Tensor
+) -> AxisProposal:
+    """The proposal of densities known at the edges (P, D, F + 1) but for a constant each."""
+    top = log_height.nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax(-1, keepdim=True)
+    log_height = torch.nan_to_num(log_height - top, nan=-_DROP, neginf=-_DROP).clamp(min=-_DROP)
     mass = _cell_mass(log_height, edges)
     total = mass.sum(-1, keepdim=True)
     cumulative = torch.cat([torch.zeros_like(total), (mass / total).cumsum(-1)], -1)
     return AxisProposal(
-        fit.mode, factor, fit.log_det, edges, log_height - total.log(), cumulative / cumulative[..., -1:]
+        mode, factor, log_det, edges, log_height - total.log(), cumulative / cumulative[..., -1:]
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayestie._engines._axes import AxisProposal, axis_proposal
+from bayestie._engines._conditional import ConditionalProposal, conditional_proposal
 from bayestie._engines._importance import ImportancePool, needed_ess
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._protocol import Draws, Task
@@ -22,7 +23,7 @@ class LaplaceProposal:
     """
 
     fit: LaplaceFit
-    corrected: AxisProposal | None
+    corrected: AxisProposal | ConditionalProposal | None
     row: Tensor
 
     @property
@@ -82,8 +83,10 @@ def _corrected(task: Task, fit: LaplaceFit) -> LaplaceProposal:
     wanted = ~probe.exact & fit.converged
     row = torch.where(wanted, wanted.long().cumsum(0) - 1, -1)
     index = torch.nonzero(wanted).squeeze(1)
-    corrected = axis_proposal(task, fit.take(index)) if len(index) else None
-    return LaplaceProposal(fit, corrected, row)
+    if not len(index):
+        return LaplaceProposal(fit, None, row)
+    corrected = conditional_proposal(task, fit.points[index], fit.mode[index])
+    return LaplaceProposal(fit, corrected or axis_proposal(task, fit.take(index)), row)
 
 
 def _doubts(fit: LaplaceFit) -> list[str | None]:

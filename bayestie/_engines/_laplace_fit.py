@@ -74,6 +74,7 @@ def _is_log_concave(task: Task) -> bool:
     return (
         families is not None
         and getattr(task.density, "quadratic", None) is not None
+        and getattr(task.density, "latent_scale", None) is None
         and all(f.distribution.__name__ not in heavy and len(f.names) == 1 for f in families)
     )
 

@@ -1,0 +1,138 @@
+"""Normal likelihoods with an unknown noise sd: sums of squares for observations, exact draws."""
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import integrate
+from zoo import numbers
+
+import bayestie as bt
+from bayestie._affine import AffineDensity, build_density
+from bayestie._density import ProgramDensity
+from bayestie._engines._conditional import conditional_proposal
+from bayestie._engines._laplace_fit import fit_laplace
+from bayestie._engines._protocol import Task
+from bayestie._program import LaneProgram
+
+ROWS, GROUPS = 40, 5
+GROUP = torch.arange(ROWS) % GROUPS
+Y = 3.0 + numbers(GROUPS, seed=1)[GROUP] + 0.7 * numbers(ROWS, seed=2)
+KNOWN = 0.5 + numbers(ROWS, seed=3).abs()
+STRENGTHS = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
+
+
+def plain(y, *, sigma):
+    theta = bt.tied("theta", bt.Tie.exchangeable(GROUPS), sigma, dist.Normal(0.0, 5.0))
+    noise = pyro.sample("noise", dist.HalfNormal(2.0))
+    with pyro.plate("row", ROWS):
+        pyro.sample("y", dist.Normal(theta[GROUP], noise), obs=y)
+
+
+def known_ratios(y, *, sigma):
+    """Sds known but for a factor, given as a variance; a mask and a weight."""
+    theta = bt.tied("theta", bt.Tie.chain(GROUPS), sigma, dist.Normal(0.0, 5.0))
+    variance = pyro.sample("variance", dist.InverseGamma(3.0, 2.0))
+    with (
+        pyro.plate("row", ROWS),
+        pyro.poutine.mask(mask=torch.arange(ROWS) != 3),
+        pyro.poutine.scale(scale=0.5),
+    ):
+        pyro.sample("y", dist.Normal(theta[GROUP] + 1.0, variance.sqrt() * KNOWN), obs=y)
+
+
+def two_sites(y, *, sigma):
+    """One noise for two sites, a third of known noise, one count."""
+    theta = bt.tied("theta", bt.Tie.exchangeable(GROUPS), sigma, dist.Normal(0.0, 5.0))
+    noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+    pyro.sample("first", dist.Normal(theta[GROUP[:9]], noise).to_event(1), obs=y[:9])
+    pyro.sample("second", dist.Normal(2.0 * theta[GROUP[9:]], 3.0 * noise).to_event(1), obs=y[9:])
+    pyro.sample("third", dist.Normal(theta[0], 0.4), obs=y[0])
+    pyro.sample("count", dist.Poisson(theta[1].exp()), obs=torch.tensor(2.0, dtype=torch.float64))
+
+
+def program_of(model):
+    return LaneProgram(model, (Y,), {}, {"sigma": STRENGTHS})
+
+
+def close(found, expected, tolerance=1e-12):
+    scale = 1.0 + float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("model", [plain, known_ratios, two_sites])
+def test_sums_of_squares_give_the_density_of_the_observations(model):
+    program = program_of(model)
+    density, general = build_density(program), ProgramDensity(program)
+    assert isinstance(density, AffineDensity) and density.latent_scale is not None
+    assert [f.site for f in density.families] == (["count"] if model is two_sites else [])
+    points = torch.arange(3)
+    at = 0.6 * numbers(3, 7, program.num_latent, seed=4)
+    for found, expected in zip(
+        density.value_and_grad(points, at), general.value_and_grad(points, at), strict=True
+    ):
+        close(found, expected)
+    close(density.value(points, at), general.value(points, at))
+    close(density.hessian(points, at[:, 0]), general.hessian(points, at[:, 0]))
+    factor = torch.eye(program.num_latent, dtype=torch.float64).expand(3, -1, -1)
+    nodes = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
+    close(density.profile(points, at[:, 0], factor, nodes), general.profile(points, at[:, 0], factor, nodes))
+
+
+def test_noises_of_their_own_are_no_common_scale():
+    def model(y, *, sigma):
+        theta = bt.tied("theta", bt.Tie.exchangeable(GROUPS), sigma, dist.Normal(0.0, 5.0))
+        noise = pyro.sample("noise", dist.HalfNormal(2.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(theta[GROUP], noise[GROUP % 2]).to_event(1), obs=y)
+
+    program = program_of(model)
+    density, general = build_density(program), ProgramDensity(program)
+    assert isinstance(density, AffineDensity) and density.latent_scale is None
+    points, at = torch.arange(3), 0.6 * numbers(3, 7, program.num_latent, seed=4)
+    close(density.value(points, at), general.value(points, at))
+
+
+def test_draws_are_exact_given_the_noise():
+    program = program_of(known_ratios)
+    density = build_density(program)
+    task = Task(program, density, 3, 4, 250, 400.0, 0, lambda event: None)
+    mode = fit_laplace(task, task.points).mode
+    proposal = conditional_proposal(task, task.points, mode)
+    assert proposal is not None
+    position, log_density = proposal.propose(numbers(3, 2000, program.num_latent, seed=5))
+    close(proposal.log_density(position), log_density, 1e-10)
+    ratio = density.value(task.points, position) - log_density
+    # What is left is the grid of the noise's marginal: straight lines between points 1/30 sd apart.
+    assert float((ratio.amax(1) - ratio.amin(1)).max()) < 2e-3
+    kept = proposal.take(torch.tensor([2]))
+    close(kept.log_density(position[2:]), log_density[2:], 1e-10)
+
+
+def test_evidence_and_moments_are_those_of_quadrature():
+    y = Y[:6]
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(2.0, 3.0))
+        noise = pyro.sample("noise", dist.HalfNormal(2.0))
+        with pyro.plate("row", 6):
+            pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+    noise, mean = (torch.linspace(*ends, 1501, dtype=torch.float64) for ends in ((0.02, 10.0), (-8.0, 14.0)))
+    joint = dist.HalfNormal(2.0).log_prob(noise).unsqueeze(1) + dist.Normal(2.0, 3.0).log_prob(mean)
+    joint = joint + dist.Normal(mean, noise.unsqueeze(1)).log_prob(y.view(-1, 1, 1)).sum(0)
+
+    def integral(weight):
+        inner = integrate.simpson((joint.exp() * weight).numpy(), x=mean.numpy())
+        return integrate.simpson(inner, x=noise.numpy())
+
+    tree = bt.fit(model, y, seed=1, num_draws=2500)
+    evidence = integral(1.0)
+    assert tree.sweep.certified.item() and tree.sweep.engine.item() == "laplace"
+    assert tree.sweep.log_evidence.item() == pytest.approx(np.log(evidence), abs=1e-3)
+    for name, weight in (("noise", noise.unsqueeze(1)), ("mean", mean)):
+        draws = tree.posterior[name].values
+        expected = integral(weight) / evidence
+        assert abs(draws.mean() - expected) < 4 * draws.std() / np.sqrt(draws.size)
