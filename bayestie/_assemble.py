@@ -13,12 +13,12 @@ import xarray as xr
 from torch import Tensor
 
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
-from bayestie._engines import Draws, LaplaceProposal, Task
+from bayestie._engines import QUANTILES, Draws, LaplaceProposal, Task
 from bayestie._errors import NameLookupError, OptionError, ShapeError
 from bayestie._overlap import overlap
 from bayestie._psis import psis
 from bayestie._results import build_tree
-from bayestie._sparse_collect import Columns, collect_copies
+from bayestie._sparse_collect import Columns, collect_copies, summaries
 
 KEEP = ("posterior", "log_likelihood", "log_prior", "posterior_predictive", "overlap")
 # Pointwise log likelihoods beyond this many bytes are summarised (elpd) and not stored unless asked for.
@@ -176,6 +176,7 @@ class Assembly:
 
     def tree(self, draws: Draws, gaussian: LaplaceProposal | None, begin: float) -> xr.DataTree:
         program = self.program
+        self._num_stored = draws.log_density.numel()
         arrays = self._collect(draws.points, draws.position, self._wanted)
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key, value in arrays.items():
@@ -193,6 +194,8 @@ class Assembly:
         groups["observed_data"] = {n: v.cpu().numpy() for n, v in program.observed_values.items()}
         groups["constant_data"] = {n: v.cpu().numpy() for n, v in self.arguments().items()}
         groups["sweep"] = self._sweep_group(draws, loo)
+        if draws.summary and self.task.sparse is not None:
+            groups["summary"] = summaries(Columns(self.task.sparse.copies), draws.summary)
         groups = {group: self._shaped(group, variables) for group, variables in groups.items() if variables}
         attrs = {
             **self.attrs,
@@ -200,15 +203,19 @@ class Assembly:
             "seconds_total": round(time.perf_counter() - begin, 4),
         }
         event_dims: dict[str, Sequence[str | None]] = dict(self.dims)
+        for name in groups.get("summary", {}):
+            site = next(n for n in sorted(self.dims, key=len, reverse=True) if name.startswith(f"{n}_"))
+            event_dims[name] = ["quantile"] * name.endswith("quantiles") + list(self.dims[site])
         tree = build_tree(
             swept={name: values.tolist() for name, values in self.swept.items()},
             groups=groups,
             event_dims={n: d for n, d in event_dims.items() if any(n in g for g in groups.values())},
             coords=self.coords,
             attrs=attrs,
-            group_coords={"posterior_predictive": {"draw": thinned}}
-            if "posterior_predictive" in groups
-            else None,
+            group_coords={
+                "posterior_predictive": {"draw": thinned} if "posterior_predictive" in groups else {},
+                "summary": {"quantile": list(QUANTILES)},
+            },
         )
         if draws.pool:
             tree["laplace_draws"] = self._pool(draws)
@@ -226,8 +233,15 @@ class Assembly:
     def _wanted(self, key: str) -> bool:
         group = key.split("/", 1)[0]
         if group == "log_likelihood":
-            return self.keep is None or group in self.keep
+            return group in self.keep if self.keep is not None else not self._too_many_rows(self._num_stored)
         return group != "parameter"
+
+    def _too_many_rows(self, num_draws: int) -> bool:
+        """Whether something per observation and draw is more than fits beside draws of copies."""
+        if self.task.sparse is None:
+            return False
+        rows = sum(value.numel() for value in self.program.observed_values.values())
+        return 8 * rows * num_draws > LOG_LIKELIHOOD_BYTES
 
     def _stores(self, group: str, groups: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
         if self.keep is not None:
@@ -265,6 +279,8 @@ class Assembly:
         if self.keep is not None and "posterior_predictive" not in self.keep:
             return thinned
         position = draws.position[:, :, ::step]
+        if self.keep is None and self._too_many_rows(8 * position.shape[:3].numel()):
+            return thinned
         parameters: dict[str, dict[str, np.ndarray]] = {}
         found = self._collect(draws.points, position, lambda key: key.startswith("parameter/"))
         for key, value in found.items():

@@ -19,7 +19,7 @@ __all__ = ["build_tree", "load", "save", "select", "swept_names", "tie_records"]
 SAMPLE_DIMS = ("chain", "draw")
 
 # Every group not listed here holds draws: its arrays lead with (*swept, chain, draw).
-_SWEPT_GROUPS = ("sweep",)
+_SWEPT_GROUPS = ("sweep", "summary")
 _DATA_GROUPS = ("observed_data", "constant_data")
 # Summed over the leading (copy) axes of their site, so they keep the names of its last axes.
 _REDUCED_GROUPS = ("log_prior", "tie_energy")

@@ -5,7 +5,7 @@ A row holds the copies and Gaussian latents x, the latent levels, then the few o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ def collect_copies(
     seen = [f"{group}/{name}" for name in program.observed for group in ("log_likelihood", "parameter")]
     if not any(wanted(key) for key in (*others, *own, *seen)):
         return arrays
+    if not copies.num_hyper and not any(wanted(key) for key in (*others, *seen)):
+        return arrays | _priors(columns, points, position, wanted)
     observed = any(wanted(key) for key in seen)
     flat = position.reshape(-1, position.shape[-1])
     index = points.repeat_interleave(math.prod(lead[1:]))
@@ -83,6 +85,49 @@ def collect_copies(
                 found[key] = value.new_empty((len(flat), *value.shape[1:]))
             found[key][part] = value
     return arrays | {key: x.reshape(*lead, *x.shape[1:]).numpy() for key, x in found.items()}
+
+
+def _priors(
+    columns: Columns, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> dict[str, np.ndarray]:
+    """log_prior and tie_energy of draws from one run of the model per point: its priors do not move."""
+    copies, lead = columns.copies, tuple(position.shape[1:3])
+    found: dict[str, list[Tensor]] = {}
+    zero = torch.zeros(copies.num_x, dtype=torch.float64)
+    for p, point in enumerate(points.tolist()):
+        reading = copies.read(point, zero, zero[:0])
+        flat = position[p].flatten(0, 1)
+        for name in copies.plain:
+            where, shape = columns.sites[name]
+            value = flat[:, where].reshape(-1, *shape)
+            density = reading.messages[name]["fn"].log_prob(value).reshape(len(flat), -1).sum(1)
+            found.setdefault(f"log_prior/{name}", []).append(density.reshape(lead))
+        for name, prior in reading.priors.items():
+            where, shape = columns.sites[name]
+            step = max(1, ELEMENTS // math.prod(shape))
+            terms = []
+            for start in range(0, len(flat), step):
+                part = flat[start : start + step]
+                level = _level(columns, name, prior, part)
+                terms.append(prior_terms(prior, part[:, where].reshape(-1, *shape), level))
+            density, energy = (torch.cat(x) for x in zip(*terms, strict=True))
+            found.setdefault(f"log_prior/{name}", []).append(density.reshape(lead))
+            found.setdefault(f"tie_energy/{name}", []).append(energy.reshape(*lead, *energy.shape[1:]))
+            law = prior.level_distribution
+            if law is not None and not prior.level_may_be_fixed:
+                value = law.log_prob(_level(columns, name, prior, flat))
+                found.setdefault(f"log_prior/{columns.levels[name]}", []).append(value.reshape(lead))
+    return {key: torch.stack(value).numpy() for key, value in found.items() if wanted(key)}
+
+
+def summaries(columns: Columns, found: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Moments of rows, (P, width) or (P, quantiles, width) each, as ``{site}_{moment}``."""
+    out = {}
+    for name, (where, shape) in columns.sites.items():
+        for kind, value in found.items():
+            own = value[..., where]
+            out[f"{name}_{kind}"] = own.reshape(*own.shape[:-1], *shape).numpy()
+    return out
 
 
 def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dict[str, Tensor]:
@@ -127,13 +172,13 @@ def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dic
 def _level(columns: Columns, name: str, prior: TiePrior, row: Tensor) -> Tensor:
     if name in columns.levels:
         where, shape = columns.sites[columns.levels[name]]
-        return row[where].reshape(shape)
+        return row[..., where].reshape((*row.shape[:-1], *shape))
     assert prior.known_level is not None
-    return prior.known_level.expand(prior.args.level_shape)
+    return prior.known_level.expand((*row.shape[:-1], *prior.args.level_shape))
 
 
 def prior_terms(prior: TiePrior, theta: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Log density of the deviations, (), and the energy q, (*E), of copies (K, *E) beside their level.
+    """Log density of the deviations, (), and the energy q, (*E), of copies (..., K, *E) beside their level.
 
     What `TiePrior.deviation_log_prob` and `TiePrior.energy` find from z.
     """

@@ -116,6 +116,7 @@ class Structure:
         self.size = start
         row, col = (np.concatenate(x) if x else np.zeros(0, int) for x in (rows, cols))
         self.expand = sp.csr_array((np.ones(len(row)), (row, col)), shape=(copies.num_x, start))
+        self.is_whole = self.expand.shape == (start, start) and bool((col == np.arange(start)).all())
         self.map = sp.csr_array(density.map @ self.expand)
         self.map.sum_duplicates()
         self.transposed = sp.csr_array(self.map.T)
@@ -266,6 +267,22 @@ class Gaussian:
         if self.response is not None:
             out -= self.response @ (self.correction @ (self.structure.directions.T @ out))
         return out
+
+    def draw(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`deviations` and their `square`, which costs nothing here: (n, batch) and (batch,)."""
+        out = self.factor.whiten_back(noise)
+        square = np.einsum("nb,nb->b", noise, noise)
+        if self.response is None:
+            return out, square
+        u = self.structure.directions
+        along = u.T @ out
+        moved = self.correction @ along
+        out -= self.response @ moved
+        inner = u.T @ self.response
+        square = square - 2 * (moved * along).sum(0) + (moved * (inner @ moved)).sum(0)
+        soft = self.variances != 0
+        at = (along - inner @ moved)[soft]
+        return out, square + (at**2 / self.variances[soft, None]).sum(0)
 
     def square(self, step: np.ndarray) -> np.ndarray:
         """(x - mean)^T Q (x - mean) of columns (n, batch); directions of known value have no part in it."""
@@ -462,7 +479,7 @@ class SparseDensity:
 
     def full(self, structure: Structure, numbers: Numbers, x: np.ndarray) -> np.ndarray:
         """Reduced variables (batch, n) -> copies and Gaussian latents (batch, num_x)."""
-        out = np.asarray((structure.expand @ x.T).T)
+        out = x if structure.is_whole else np.asarray((structure.expand @ x.T).T)
         return out + numbers.shift if numbers.shift.any() else out
 
     def levels(self, structure: Structure, numbers: Numbers, x: np.ndarray) -> dict[str, np.ndarray]:

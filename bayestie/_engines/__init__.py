@@ -6,9 +6,11 @@ from bayestie._engines._nuts import run_nuts
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
 from bayestie._engines._sparse import run_sparse
+from bayestie._engines._streamed import QUANTILES
 from bayestie._engines._svi import run_svi
 
 __all__ = [
+    "QUANTILES",
     "Draws",
     "Interrupted",
     "LaplaceFit",

@@ -26,7 +26,7 @@ from bayestie._sparse_factor import NotPositive, variances
 from bayestie._sparse_mode import SparseFit, find_mode, log_likelihood, log_prior, shifted_mean
 
 STORED_BYTES = 2_000_000_000  # of draws, over all points
-_BATCH = 32  # draws made at once
+_BATCH = 8  # draws made at once
 
 
 @dataclass
@@ -90,8 +90,9 @@ class SparseRun:
             return self._exact(point, fit)
         found = run_chains(self.task, point, fit, self.kept, self.memory, self._rows)
         stream = found.pop("stream", None)
-        summary = None if stream is None else self._streamed_summary(fit, stream.summary(), found["rows"])
-        return PointDraws(**found, summary=summary)
+        if stream is not None:
+            found["summary"] = self._streamed_summary(fit, stream.summary(), found["rows"])
+        return PointDraws(**found)
 
     def _streamed_summary(self, fit: SparseFit, own: Summary, rows: np.ndarray) -> Summary:
         """Of reduced variables to rows; levels and h from the rows that are kept."""
@@ -127,9 +128,9 @@ class SparseRun:
         lp = np.empty(total)
         for start in range(0, total, _BATCH):
             count = min(_BATCH, total - start)
-            step = gaussian.deviations(rng.standard_normal((count, fit.structure.size)).T)
-            lp[start : start + count] = fit.log_joint - 0.5 * gaussian.square(step)
-            x = (gaussian.mean[:, None] + step).T
+            step, square = gaussian.draw(rng.standard_normal((count, fit.structure.size)).T)
+            lp[start : start + count] = fit.log_joint - 0.5 * square
+            x = gaussian.mean + step.T
             rows[start : start + count] = self._rows(fit.structure, fit.numbers, x)
             if start == 0:
                 self._check_exact(fit, x, lp[:count])
@@ -289,7 +290,11 @@ class _Pool:
             khat=self.khat,
             ess=self.ess,
             quality=(1.0, worth, worth),
+            summary=self._summary() if run.kept < task.num_draws else None,
         )
+
+    def _summary(self) -> Summary:
+        return weighted(np.concatenate(self.rows), self.smoothed.numpy(), self.ess)
 
     def _verdict(self, needed: float) -> tuple[bool, str]:
         names = ", ".join(self.run.copies.hyper)

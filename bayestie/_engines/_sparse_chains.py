@@ -20,10 +20,10 @@ import scipy.sparse as sp
 import torch
 
 from bayestie._engines._blocks import Groups, Partition, partitions
-from bayestie._engines._importance import mean_error, needed_ess
+from bayestie._engines._importance import NEARLY_CONSTANT, mean_error, needed_ess
 from bayestie._engines._protocol import Task
 from bayestie._engines._quality import MAX_RHAT, quality
-from bayestie._engines._streamed import Streamed
+from bayestie._engines._streamed import Streamed, weighted
 from bayestie._psis import good_k, psis
 from bayestie._sparse_density import Numbers, Structure
 from bayestie._sparse_factor import variances
@@ -377,14 +377,14 @@ def _weighted(
     while len(rest) < 16 * wanted and len(rest) * target.structure.size < 2.5e8 + wanted:
         for start in range(0, wanted, 32):
             count = min(32, wanted - start)
-            step = target.gaussian.deviations(rng.standard_normal((count, target.structure.size)).T)
-            square = np.append(square, target.gaussian.square(step))
+            step, own = target.gaussian.draw(rng.standard_normal((count, target.structure.size)).T)
+            square = np.append(square, own)
             rest = np.append(rest, target.rest(step.T).sum(1))
             steps.append(step.T)
         found = psis(torch.from_numpy(rest)[None])
         smoothed, khat = found[0][0], float(found[1][0])
         ess = float(torch.exp(-torch.logsumexp(2 * smoothed, 0)))
-        if ess >= needed or khat > 0.8:
+        if ess >= needed or khat > 0.8 or float(rest.max() - rest.min()) < NEARLY_CONSTANT:
             break
     total = task.num_chains * kept
     cumulative = np.cumsum(np.exp(smoothed.numpy()))
@@ -394,9 +394,15 @@ def _weighted(
     rows = to_rows(target.structure, target.numbers, x)
     log_mean = float(torch.logsumexp(torch.from_numpy(rest), 0)) - math.log(len(rest))
     threshold = good_k(len(rest))
-    good = khat < threshold and ess >= needed
+    alike = float(rest.max() - rest.min()) < NEARLY_CONSTANT  # no tail for khat to measure
+    good = (khat < threshold or alike) and ess >= needed
     worth = total**2 / float(np.square(np.bincount(row)).sum())
+    summary = None
+    if kept < task.num_draws:
+        every = to_rows(target.structure, target.numbers, target.mean + np.concatenate(steps))
+        summary = weighted(every, smoothed.numpy(), ess)
     return {
+        "summary": summary,
         "rows": rows.reshape(task.num_chains, kept, -1),
         "log_density": (target.log_joint + rest - 0.5 * square)[row].reshape(task.num_chains, kept),
         "certified": good,

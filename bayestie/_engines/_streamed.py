@@ -177,3 +177,17 @@ def summarised(
     return Summary(
         mean, sd, quantiles, sd / np.sqrt(bulk), sd / np.sqrt(2 * bulk), factor[:, None] * sd / np.sqrt(size)
     )
+
+
+def weighted(rows: np.ndarray, log_weight: np.ndarray, ess: float) -> Summary:
+    """Of weighted rows (draws, n); their effective sample size gives the errors."""
+    weight = np.exp(log_weight - log_weight.max())
+    weight /= weight.sum()
+    mean = weight @ rows
+    sd = np.sqrt(np.maximum(weight @ np.square(rows - mean), 0.0))
+    order = np.argsort(rows, axis=0)
+    cumulative = np.cumsum(weight[order], 0)
+    place = np.stack([np.minimum((cumulative < q).sum(0), len(rows) - 1) for q in QUANTILES])
+    quantiles = np.take_along_axis(rows, np.take_along_axis(order, place, 0), 0)
+    size = np.full(rows.shape[1], ess)
+    return summarised(mean, sd, quantiles, size, size)

@@ -1,0 +1,365 @@
+"""The sparse route against the dense one, closed forms and dense nuts, where both can be run."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.sparse as sp
+import torch
+
+import bayestie as bt
+from bayestie import InferenceError, _sweep
+from bayestie._engines import _sparse
+from bayestie._program import LaneProgram
+from bayestie._sparse_density import Gaussian, SparseDensity
+from bayestie._sparse_factor import choose_pattern, lower_pattern
+from bayestie._sparse_map import NotSparseMap, find_map
+from bayestie._sparse_mode import find_mode
+from models import nile, poisson_chain
+
+BASE = dist.Normal(torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64))
+TRIL = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+T = bt.Tie
+TIES = {
+    "exchangeable": T.exchangeable(7),
+    "complete": T.complete(6),
+    "large complete": T.complete(90),
+    "chain": T.chain(40),
+    "anchored": T.chain(8, anchored=True),
+    "scaled ring": T.ring(7, scaled=True),
+    "grid": T.grid(3, 4),
+    "forest": T.tree([-1, 0, 0, 1, 1, 2, -1, 6]),
+    "groups": T.groups([0, 1, 0, 2, 2, 2, 0]),
+    "chains": T.groups([0] * 20 + [1] * 25, T.chain),
+}
+
+
+@pytest.fixture
+def sparse_everywhere(monkeypatch):
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 1)
+
+
+def arguments(module: Any, *args: Any) -> dict[str, Any]:
+    return {k: v for k, v in module.data(*args).items() if k not in ("coords", "dims")}
+
+
+def regression(tie, form, base, event_shape=(), tril=None):
+    """Rows that see one copy each, a covariate beside it."""
+    num, generator = tie.num_copies, torch.Generator().manual_seed(1)
+    index = torch.randint(0, num, (3 * num,), generator=generator)
+    x, y = torch.randn(2, 3 * num, generator=generator, dtype=torch.float64)
+
+    def model(*, sigma):
+        theta = bt.tied("theta", tie, sigma, base, form=form, event_shape=event_shape, event_scale_tril=tril)
+        slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+        own = theta[index][:, 0] + x * theta[index][:, 1] if event_shape else theta[index]
+        with pyro.plate("row", 3 * num):
+            pyro.sample("y", dist.Normal(own + slope * x, 0.7), obs=y)
+
+    return model
+
+
+def fits_of(model, over, *args, **kwargs):
+    points = {name: torch.tensor(values, dtype=torch.float64) for name, values in over.items()}
+    density = SparseDensity(LaneProgram(model, args, kwargs, points))
+    found = [density.at(p, density.copies.hyper_probe(0)) for p in range(density.program.num_points)]
+    return [find_mode(*pair) for pair in found]
+
+
+# -- the map ----------------------------------------------------------------------------------------------
+
+
+def random_map(kind: str, num: int, rng: np.random.Generator) -> sp.csr_array:
+    row = np.arange(num)
+    if kind == "one":
+        return sp.csr_array((rng.normal(size=num), (row, rng.integers(0, num, num))), shape=(num, num))
+    if kind == "differences":
+        return sp.csr_array(sp.diags([np.ones(num - 1), -np.ones(num - 1)], [1, 0], shape=(num - 1, num)))
+    corner = rng.integers(0, num - 40, num)[:, None] + np.array([0, 1, 31, 32])
+    return sp.csr_array((rng.random(4 * num), (np.repeat(row, 4), corner.ravel())), shape=(num, num))
+
+
+@pytest.mark.parametrize("kind", ["one", "differences", "corners"])
+def test_map_is_found_without_a_pass_per_column(kind):
+    rng = np.random.default_rng(1)
+    expected, offset = random_map(kind, 3000, rng), rng.normal(size=3000)
+    offset, passes = offset[: expected.shape[0]], []
+
+    def evaluate(x):
+        passes.append(1)
+        return np.log(np.exp(expected @ x + offset))  # as a link and its inverse
+
+    found, constant = find_map(evaluate, [np.arange(3000)], 3000)
+    assert abs(found - expected).max() < 1e-9
+    np.testing.assert_allclose(constant, offset, atol=1e-12)
+    assert len(passes) < {"one": 8, "differences": 20, "corners": 800}[kind]
+
+
+@pytest.mark.parametrize("function", [lambda x: x**2, lambda x: np.full(100, x.sum())])
+def test_map_that_is_not_sparse_or_affine_is_refused(function):
+    with pytest.raises(NotSparseMap):
+        find_map(function, [np.arange(100)], 100)
+
+
+# -- factors ----------------------------------------------------------------------------------------------
+
+
+def crossed(rng):
+    rows = np.arange(600)
+    sides = [
+        sp.csr_array((np.ones(600), (rows, rng.integers(0, size, 600))), (600, size)) for size in (150, 40)
+    ]
+    design = sp.hstack([*sides, np.ones((600, 1))])
+    return design.T @ design + sp.eye_array(191), [slice(0, 150), slice(150, 190), slice(190, 191)]
+
+
+def lattice(rng):
+    side = 20
+    path = sp.diags([-np.ones(side - 1), np.full(side, 2.0), -np.ones(side - 1)], [-1, 0, 1])
+    grid = sp.kron(path, sp.eye_array(side)) + sp.kron(sp.eye_array(side), path)
+    return grid + 0.5 * sp.eye_array(side**2), [slice(0, side**2)]
+
+
+def chain(rng):
+    return sp.diags([np.full(399, -1.0), np.full(400, 2.3), np.full(399, -1.0)], [-1, 0, 1]), [slice(0, 400)]
+
+
+@pytest.mark.parametrize("make", [crossed, lattice, chain])
+@pytest.mark.parametrize("max_band", [48, 0])
+def test_factor_solves_whitens_and_has_the_determinant(make, max_band, monkeypatch):
+    monkeypatch.setattr("bayestie._sparse_factor.MAX_BAND", max_band)
+    rng = np.random.default_rng(2)
+    matrix, blocks = make(rng)
+    dense = matrix.toarray()
+    lower = sp.coo_array(sp.tril(sp.coo_array(matrix)))
+    size = len(dense)
+    row, col, _ = lower_pattern(size, lower.row, lower.col)
+    factor = choose_pattern(size, row, col, blocks).factor(dense[row, col])
+    right = rng.normal(size=(size, 3))
+    np.testing.assert_allclose(factor.solve(right), np.linalg.solve(dense, right), atol=1e-9)
+    np.testing.assert_allclose(factor.solve(right[:, 0]), np.linalg.solve(dense, right[:, 0]), atol=1e-9)
+    half = factor.whiten_back(np.eye(size))
+    np.testing.assert_allclose(half @ half.T, np.linalg.inv(dense), atol=1e-9)
+    assert factor.log_det == pytest.approx(np.linalg.slogdet(dense)[1], abs=1e-8)
+
+
+# -- evidence, modes, draws of Gaussian models ------------------------------------------------------------
+
+
+def cases():
+    for name, tie in TIES.items():
+        for form in ("level", "copies", "matched"):
+            if form != "level" and (tie.anchored or (tie.has_hub and form == "copies")):
+                continue
+            yield name, form, BASE, (), None
+            if form == "level":
+                yield name, form, 0.4, (), None
+        if name in ("exchangeable", "chain", "groups"):
+            yield name, "level", BASE, (2,), TRIL
+            yield name, "matched", BASE, (2,), None
+
+
+@pytest.mark.parametrize(("name", "form", "base", "event_shape", "tril"), list(cases()))
+def test_evidence_is_that_of_the_dense_route(name, form, base, event_shape, tril):
+    model = regression(TIES[name], form, base, event_shape, tril)
+    over = {"sigma": [0.0, 0.3, 2.0] + [math.inf] * (form != "level")}
+    dense = bt.sweep(model, over=over, engine="laplace", keep=("posterior",), num_draws=4)
+    found = [fit.log_evidence for fit in fits_of(model, over)]
+    np.testing.assert_allclose(found, dense.sweep.log_evidence, atol=1e-8)
+
+
+def test_gaussian_moments_are_the_closed_form():
+    data = arguments(nile)
+    num = len(data["flow"])
+    (fit,) = fits_of(nile.nile, {"sigma": [38.0]}, **data)
+    steps = torch.eye(num, dtype=torch.float64) - 1 / num
+    walk = np.linalg.pinv(np.diag(np.r_[1, np.full(num - 2, 2), 1]) - np.eye(num, k=1) - np.eye(num, k=-1))
+    prior = 38.0**2 * steps.numpy() @ walk @ steps.numpy() + 1000.0**2
+    gain = prior @ np.linalg.inv(prior + nile.OBSERVATION_SD**2 * np.eye(num))
+    mean = 1000.0 + gain @ (data["flow"].numpy() - 1000.0)
+    np.testing.assert_allclose(fit.gaussian.mean, mean, rtol=1e-8)
+    covariance = prior - gain @ prior
+    np.testing.assert_allclose(fit.gaussian.solve(np.eye(num)), covariance, rtol=1e-8, atol=1e-7)
+    half = fit.gaussian.deviations(np.eye(num))
+    np.testing.assert_allclose(half @ half.T, covariance, rtol=1e-8, atol=1e-7)
+    step, square = fit.gaussian.draw(np.random.default_rng(0).normal(size=(num, 5)))
+    np.testing.assert_allclose(square, fit.gaussian.square(step), rtol=1e-8)
+    assert isinstance(fit.gaussian, Gaussian)
+
+
+def test_tree_is_that_of_the_dense_route(sparse_everywhere, monkeypatch):
+    data, over = arguments(nile), {"sigma": [0.0, 10.0, 38.0]}
+    found = bt.sweep(nile.nile, **data, over=over, seed=3)
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
+    dense = bt.sweep(nile.nile, **data, over=over, seed=3)
+    assert (found.attrs["density_route"], dense.attrs["density_route"]) == ("sparse", "affine")
+    np.testing.assert_allclose(found.sweep.log_evidence, dense.sweep.log_evidence, atol=1e-8)
+    assert bool(found.sweep.exact.all()) and bool(found.sweep.certified.all())
+    for group in ("posterior", "log_likelihood", "log_prior", "tie_energy"):
+        for name, ours in found[group].data_vars.items():
+            theirs = dense[group][name]
+            assert ours.dims == theirs.dims
+            # Independent draws of the same posterior: means within 5 standard errors of their difference.
+            ours, theirs = (x.stack(sample=("chain", "draw")).transpose(..., "sample") for x in (ours, theirs))
+            error = np.hypot(ours.std("sample"), theirs.std("sample")).values / math.sqrt(ours.sizes["sample"])
+            gap = np.abs(ours.mean("sample") - theirs.mean("sample")).values
+            assert (gap <= 5 * error + 1e-9).all(), (group, name)
+    priors = bt.sweep(nile.nile, **data, over=over, seed=3, keep=("posterior", "log_prior"))
+    # (keep changes nothing: priors come from one run of the model, not from a run per draw)
+    assert "log_likelihood" not in priors.children
+
+
+def test_prior_terms_do_not_depend_on_how_they_are_found(sparse_everywhere):
+    model = regression(TIES["chains"], "matched", BASE)
+    over = {"sigma": [0.0, 0.5, math.inf]}
+    every, few = (
+        bt.sweep(model, over=over, keep=keep, num_draws=8)
+        for keep in (("posterior", "log_prior", "log_likelihood"), ("posterior", "log_prior"))
+    )
+    monkeyed = [every, few]
+    monkeypatched = [tree["log_prior"].to_dataset() for tree in monkeyed]
+    for name in monkeypatched[0].data_vars:
+        np.testing.assert_allclose(monkeypatched[0][name], monkeypatched[1][name], rtol=1e-9, atol=1e-9)
+    theta = torch.from_numpy(every.posterior.theta.values[1])
+    mean = torch.from_numpy(every.posterior.theta_level.values[1])
+    energy = TIES["chains"].energy(theta, mean)
+    np.testing.assert_allclose(every.tie_energy.theta[1], energy, rtol=1e-9)
+
+
+# -- likelihoods that are not Gaussian --------------------------------------------------------------------
+
+
+def moments(tree, name, sigma):
+    draws = tree.posterior[name].sel(sigma=sigma).values
+    return draws.reshape(-1, *draws.shape[2:])
+
+
+def test_poisson_chain_has_the_dense_routes_mode_and_evidence():
+    data, over = arguments(poisson_chain, 200), {"sigma": [0.0, 0.05, 0.3]}
+    dense = bt.sweep(poisson_chain.poisson_chain, **data, over=over, engine="laplace", keep=("posterior",))
+    fits = fits_of(poisson_chain.poisson_chain, over, **data)
+    for fit, at, error in zip(
+        fits, dense.sweep.log_evidence.values, dense.sweep.log_evidence_error.values, strict=True
+    ):
+        assert fit.converged
+        assert abs(fit.log_evidence - at) < 0.3 + 4 * error  # Laplace's own error beside the Monte Carlo one
+
+
+@pytest.mark.parametrize("target", [6, 40])
+def test_blocks_have_the_posterior_that_dense_nuts_has(sparse_everywhere, monkeypatch, target):
+    """Means, sds and quantiles of skew copies: |z| < 4 with Bonferroni's number over all."""
+    monkeypatch.setattr("bayestie._engines._sparse_chains._Probe.weights_will_do", lambda self, needed: False)
+    monkeypatch.setattr(
+        "bayestie._engines._sparse_chains._suitable",
+        lambda target_, groups, largest, rng: (_kernel(target_, groups, target, rng), target),
+    )
+    data, over = arguments(poisson_chain, 40), {"sigma": [0.3]}
+    data = {"count": (data["count"] / 4).floor()}  # small counts: skew
+    found = bt.sweep(poisson_chain.poisson_chain, **data, over=over, num_draws=1500, seed=5)
+    assert str(found.sweep.engine.values[0]) == "blocks" and bool(found.sweep.certified.all())
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
+    dense = bt.sweep(
+        poisson_chain.poisson_chain, **data, over=over, engine="nuts", num_draws=1000, target_ess=1000
+    )
+    ours, theirs = (moments(tree, "log_rate", 0.3) for tree in (found, dense))
+    size = [float(tree.sweep.min_ess_bulk[0]) for tree in (found, dense)]
+    tails = [float(tree.sweep.min_ess_tail[0]) for tree in (found, dense)]
+    sd = theirs.std(0)
+    unit = math.sqrt(1 / size[0] + 1 / size[1])
+    limit = 4.5  # 4 for one, 160 compared
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) / (sd * unit)).max() < limit
+    assert (np.abs(ours.std(0) - theirs.std(0)) / (sd * unit)).max() < limit
+    for q in (0.05, 0.95):
+        error = 2.11 * sd * math.sqrt(1 / tails[0] + 1 / tails[1])  # sqrt(q (1 - q)) / density of a normal
+        assert (np.abs(np.quantile(ours, q, 0) - np.quantile(theirs, q, 0)) / error).max() < limit
+    gap = float(found.sweep.log_evidence[0] - dense.sweep.log_evidence[0])
+    error = math.hypot(float(found.sweep.log_evidence_error[0]), float(dense.sweep.log_evidence_error[0]))
+    assert abs(gap) < 4 * error + 0.02
+
+
+def _kernel(target, groups, size, rng):
+    from bayestie._engines._blocks import partitions
+    from bayestie._engines._sparse_chains import Kernel
+
+    return Kernel(target, partitions(target.structure, target.gaussian, groups, size, rng), groups)
+
+
+def test_long_poisson_chain_is_certified():
+    data = arguments(poisson_chain, 5000)
+    path = bt.sweep(poisson_chain.poisson_chain, **data, over={"sigma": [0.05]}, keep=("posterior",))
+    at = path.sweep.to_dataset().isel(sigma=0)
+    assert bool(at.certified), str(at.reason.values)
+    assert float(at.max_rhat) < 1.01 and float(at.min_ess_bulk) >= 400 and float(at.min_ess_tail) >= 400
+    assert path.posterior.log_rate.shape == (1, 4, 250, 5000)
+
+
+# -- a few latents beside a Gaussian part -----------------------------------------------------------------
+
+
+def crossed_effects(rating, student, lecturer, *, sigma):
+    lecturers = bt.tied("lecturers", T.exchangeable(12), sigma, dist.Normal(3.0, 1.0))
+    students = bt.tied("students", T.exchangeable(30), sigma, 0.0)
+    noise_sd = pyro.sample("noise_sd", dist.HalfNormal(2.0))
+    with pyro.plate("rating", len(rating)):
+        pyro.sample("y", dist.Normal(lecturers[lecturer] + students[student], noise_sd), obs=rating)
+
+
+def ratings():
+    generator = torch.Generator().manual_seed(0)
+    student, lecturer = (torch.randint(0, n, (150,), generator=generator) for n in (30, 12))
+    effects = [0.5 * torch.randn(n, generator=generator, dtype=torch.float64) for n in (30, 12)]
+    noise = torch.randn(150, generator=generator, dtype=torch.float64)
+    return {
+        "rating": 3 + effects[0][student] + effects[1][lecturer] + 0.8 * noise,
+        "student": student,
+        "lecturer": lecturer,
+    }
+
+
+def test_crossed_effects_with_unknown_noise_agree_with_nuts(sparse_everywhere, monkeypatch):
+    data, over = ratings(), {"sigma": [0.0, 0.5]}
+    found = bt.sweep(crossed_effects, **data, over=over, seed=1)
+    assert found.attrs["density_route"] == "sparse"
+    assert bool(found.sweep.certified.all()), found.sweep.reason.values
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
+    dense = bt.sweep(crossed_effects, **data, over=over, engine="auto", target_ess=1000, seed=2)
+    for i, sigma in enumerate(over["sigma"]):
+        for name in ("noise_sd", "lecturers", "lecturers_level"):
+            ours, theirs = (moments(tree, name, sigma) for tree in (found, dense))
+            sizes = [float(tree.sweep.min_ess_bulk[i]) for tree in (found, dense)]
+            unit = math.sqrt(1 / sizes[0] + 1 / sizes[1])
+            assert (np.abs(ours.mean(0) - theirs.mean(0)) / (theirs.std(0) * unit)).max() < 4.5, name
+            assert (np.abs(ours.std(0) - theirs.std(0)) / (theirs.std(0) * unit)).max() < 4.5, name
+        gap = float(found.sweep.log_evidence[i] - dense.sweep.log_evidence[i])
+        errors = [float(tree.sweep.log_evidence_error[i]) for tree in (found, dense)]
+        assert abs(gap) < 4 * math.hypot(*errors) + 1e-6
+
+
+# -- what is stored, what is refused ----------------------------------------------------------------------
+
+
+def test_draws_that_do_not_fit_leave_moments(sparse_everywhere, monkeypatch):
+    data, over = arguments(nile), {"sigma": [38.0]}
+    (fit,) = fits_of(nile.nile, over, **data)
+    monkeypatch.setattr(_sparse, "STORED_BYTES", 8 * 101 * 4 * 50)
+    path = bt.sweep(nile.nile, **data, over=over)
+    assert path.posterior.mean_flow.shape == (1, 4, 50, 100)
+    np.testing.assert_allclose(path["summary"].mean_flow_mean[0], fit.gaussian.mean, rtol=1e-10)
+    sd = np.sqrt(fit.gaussian.solve(np.eye(100)).diagonal())
+    np.testing.assert_allclose(path["summary"].mean_flow_sd[0], sd, rtol=1e-8)
+    assert float(path.sweep.min_ess_bulk[0]) == 200
+
+
+def test_model_that_is_too_large_says_why_it_does_not_qualify(monkeypatch):
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 5)
+
+    def model(y, *, sigma):
+        theta = bt.tied("theta", T.chain(20), sigma, BASE)
+        with pyro.plate("row", 20):
+            pyro.sample("y", dist.Normal(theta.square(), 1.0), obs=y)
+
+    with pytest.raises(InferenceError, match="not affine in the copies"):
+        bt.sweep(model, torch.zeros(20), over={"sigma": [1.0]})
