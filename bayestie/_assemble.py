@@ -218,7 +218,9 @@ class Assembly:
             },
         )
         if draws.pool:
-            tree["laplace_draws"] = self._pool(draws)
+            tree["laplace_draws"] = self._by_point(draws.pool, "laplace_draw")
+        if loo is not None and sum(x.nbytes for x in loo.values()) <= LOG_LIKELIHOOD_BYTES:
+            tree["loo"] = self._by_point(loo, "observation")
         if gaussian is not None and (self.keep is None or "overlap" in self.keep):
             tree["overlap"] = overlap(self.task, draws, gaussian.fit, self.swept)
         return tree
@@ -294,12 +296,11 @@ class Assembly:
     def _leave_one_out(
         self, log_likelihood: Mapping[str, np.ndarray], draws: Draws
     ) -> dict[str, np.ndarray] | None:
-        """PSIS-LOO at every point, observations of all sites together."""
+        """PSIS-LOO of every observation at every point, those of all sites together: (P, observations)."""
         if not log_likelihood:
             return None
-        count = len(draws.points)
-        out: dict[str, list[float]] = {name: [] for name in ("elpd", "elpd_se", "p_loo", "max_pareto_k")}
-        for i in range(count):
+        found = []
+        for i in range(len(draws.points)):
             rows = np.concatenate(
                 [x[i].reshape(-1, math.prod(x.shape[3:])) for x in log_likelihood.values()], 1
             )
@@ -307,13 +308,8 @@ class Assembly:
             weights, khat = psis(-log_density)
             pointwise = torch.logsumexp(weights + log_density, 1)
             mean = torch.logsumexp(log_density, 1) - math.log(log_density.shape[1])
-            out["elpd"].append(float(pointwise.sum()))
-            out["elpd_se"].append(
-                float(pointwise.std() * math.sqrt(len(pointwise))) if len(pointwise) > 1 else 0.0
-            )
-            out["p_loo"].append(float((mean - pointwise).sum()))
-            out["max_pareto_k"].append(float(khat.max()))
-        return {name: np.asarray(values) for name, values in out.items()}
+            found.append(torch.stack([pointwise, mean - pointwise, khat]).numpy())
+        return dict(zip(("elpd_i", "p_loo_i", "pareto_k"), np.stack(found, 1), strict=True))
 
     def _sweep_group(self, draws: Draws, loo: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         quality = draws.quality.cpu().numpy().copy()
@@ -338,7 +334,10 @@ class Assembly:
             "seconds": draws.seconds.cpu().numpy(),
         }
         if loo is not None:
-            out |= loo
+            elpd, num = loo["elpd_i"], loo["elpd_i"].shape[1]
+            spread = elpd.std(1, ddof=1) if num > 1 else np.zeros(len(elpd))
+            out |= {"elpd": elpd.sum(1), "elpd_se": math.sqrt(num) * spread}
+            out |= {"p_loo": loo["p_loo_i"].sum(1), "max_pareto_k": loo["pareto_k"].max(1)}
         for use in self.ties:
             swept = self._sigma_from(use)
             if swept is None or use.tie.num_components > 1:
@@ -352,10 +351,13 @@ class Assembly:
                 )
         return out
 
-    def _pool(self, draws: Draws) -> xr.Dataset:
+    def _by_point(self, arrays: Mapping[str, Any], dim: str) -> xr.Dataset:
+        """Arrays (points, n) with the swept dimensions in front."""
         lead = tuple(len(v) for v in self.swept.values())
-        dims = (*self.swept, "laplace_draw")
-        data = {name: (dims, x.cpu().numpy().reshape(*lead, -1)) for name, x in draws.pool.items()}
+        data = {
+            name: ((*self.swept, dim), torch.as_tensor(x).cpu().numpy().reshape(*lead, -1))
+            for name, x in arrays.items()
+        }
         return xr.Dataset(data, coords=dict(self.swept))
 
     # -- ties ------------------------------------------------------------------------------------------

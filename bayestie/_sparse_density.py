@@ -67,7 +67,7 @@ class Numbers:
     """Everything that the strength and h decide: prior and likelihood of one structure."""
 
     precision: np.ndarray  # P on the structure's pattern
-    prior: sp.csr_array  # P itself
+    prior: Any  # P itself
     mean: np.ndarray  # m
     variances: np.ndarray  # D of each direction
     constant: float
@@ -115,11 +115,11 @@ class Structure:
             start += part.size
         self.size = start
         row, col = (np.concatenate(x) if x else np.zeros(0, int) for x in (rows, cols))
-        self.expand = sp.csr_array((np.ones(len(row)), (row, col)), shape=(copies.num_x, start))
+        self.expand: Any = sp.csr_array((np.ones(len(row)), (row, col)), shape=(copies.num_x, start))
         self.is_whole = self.expand.shape == (start, start) and bool((col == np.arange(start)).all())
-        self.map = sp.csr_array(density.map @ self.expand)
+        self.map: Any = sp.csr_array(density.map @ self.expand)
         self.map.sum_duplicates()
-        self.transposed = sp.csr_array(self.map.T)
+        self.transposed: Any = sp.csr_array(self.map.T)
         self._lay_out_precision(parts, blocks)
         self._lay_out_directions(parts)
 
@@ -165,7 +165,7 @@ class Structure:
         columns = np.repeat(np.arange(len(indices)), [len(p) for p in indices])
         row = np.concatenate(indices) if indices else np.zeros(0, int)
         data = np.concatenate(weights) if weights else np.zeros(0)
-        self.directions = sp.csc_array((data, (row, columns)), shape=(self.size, len(indices)))
+        self.directions: Any = sp.csc_array((data, (row, columns)), shape=(self.size, len(indices)))
         self._pin_place = np.array([self._diagonal_place(pin) for pin in self.pins], dtype=np.int64)
 
     def _along(self, found: list[tuple[np.ndarray, float]], gram: np.ndarray) -> bool:
@@ -252,8 +252,8 @@ class Gaussian:
         shrink = np.eye(len(inner)) - lower.T @ self.inverse @ lower
         values, vectors = np.linalg.eigh(0.5 * (shrink + shrink.T))
         half = np.eye(len(inner)) - (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans="T")
-        self.correction = scipy.linalg.solve_triangular(lower, back.T, lower=True, trans="T").T
+        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans=1)
+        self.correction = scipy.linalg.solve_triangular(lower, back.T, lower=True, trans=1).T
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         out = self.factor.solve(right)
@@ -556,7 +556,7 @@ def _pairs(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         lefts.append((first + left).ravel())
         rights.append((first + right).ravel())
     if not rows:
-        return (np.zeros(0, int),) * 3
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0, int)
     return np.concatenate(rows), np.concatenate(lefts), np.concatenate(rights)
 
 

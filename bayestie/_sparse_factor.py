@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.lapack
 import scipy.sparse as sp
 import scipy.sparse.linalg
-from scipy.linalg import lapack
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+lapack: Any = scipy.linalg.lapack  # its names are made at run time
 MAX_BAND = 48  # beyond, SuperLU's fill is the smaller
 MAX_BORDER = 2500
 
@@ -248,7 +249,7 @@ class Factor:
         out = np.empty_like(noise)
         inner = self.core.whiten_back(noise[core]) if len(core) else noise[core]
         if self.schur is not None:
-            outer = scipy.linalg.solve_triangular(self.schur, noise[border], lower=True, trans="T")
+            outer = scipy.linalg.solve_triangular(self.schur, noise[border], lower=True, trans=1)
             inner = inner - self.solved @ outer
             out[border] = outer
         out[core] = inner

@@ -91,7 +91,7 @@ class _Prober:
             yield from self._coloured(group, open_rows)
 
     def _coloured(self, group: np.ndarray, open_rows: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """Entries of rows with several: each alone in some colour, over attempts, until they explain the row."""
+        """Entries of rows with several: each alone in some colour, until they explain the row."""
         noise = 0.5 * self.rng.standard_normal(len(group))
         target = self.change(group, noise)
         place = np.arange(len(group))

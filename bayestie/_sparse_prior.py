@@ -1,9 +1,9 @@
 """The prior of a tie in the coordinates of its copies: a sparse precision and a few dense directions.
 
-log p(x) = -1/2 (x - m)^T P (x - m) - 1/2 sum_c (u_c^T (x - m))^2 / D_c + constant. P is L / sigma^2, with I /
-s^2 in the forms `copies` and `matched`, an arrow around a hub. A level that is the mean of many copies would fill
-P: it is a direction u = 1/K of variance D instead, 0 where the level is known. (Rue and Held 2005, Gaussian
-Markov random fields, sections 2.3 and 3.2.)
+log p(x) = -1/2 (x - m)^T P (x - m) - 1/2 sum_c (u_c^T (x - m))^2 / D_c + constant. P is L / sigma^2, with
+I / s^2 in the forms `copies` and `matched`, an arrow around a hub. A level that is the mean of many copies
+would fill P: it is a direction u = 1/K of variance D instead, 0 where the level is known. (Rue and Held 2005,
+Gaussian Markov random fields, sections 2.3 and 3.2.)
 """
 
 import math

@@ -134,7 +134,8 @@ def fit(
     Returns:
         An xarray DataTree in ArviZ's schema with groups posterior, sample_stats, log_likelihood,
         log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws, overlap
-        (every strength's log density at a few draws of each, for `evidence`) and sweep. Read
+        (every strength's log density at a few draws of each, for `evidence`), loo (the predictive score of
+        every observation, for `compare`) and sweep. Read
         ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws.
 
     Raises:

@@ -1,9 +1,10 @@
 """Partitions of variables into blocks that do not see one another, given the variables held still.
 
-Of a chain: runs of copies between single copies that are held; of any graph: Voronoi cells about random seeds
-without the nodes that touch another cell. Held sets change from partition to partition, so all variables move.
+Of a chain: runs of copies between single copies that are held; of any graph: Voronoi cells about random
+seeds without the nodes that touch another cell. Held sets change from partition to partition, so all move.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ class Groups:
         degree = np.bincount(row, minlength=size) + np.bincount(col, minlength=size) - 2
         limits = np.append(structure.starts, size)
         alone = np.zeros(size, dtype=bool)
-        for start, stop in zip(limits[:-1], limits[1:], strict=True):
+        for start, stop in itertools.pairwise(limits.tolist()):
             alone[start:stop] = stop - start <= 8
         busy = alone | (degree > max(64, 0.2 * size))
         hubs = np.flatnonzero(busy)
@@ -121,7 +122,7 @@ class Groups:
         is_hub = np.zeros(size, dtype=bool)
         is_hub[hubs] = True
         members, graphs, chains = [], [], []
-        for start, stop in zip(limits[:-1], limits[1:], strict=True):
+        for start, stop in itertools.pairwise(limits.tolist()):
             own = np.flatnonzero(~is_hub[start:stop]) + start
             if not len(own):
                 continue

@@ -17,7 +17,7 @@ from bayestie._engines._importance import NEARLY_CONSTANT, mean_error, needed_es
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._sparse_chains import run_chains
 from bayestie._engines._sparse_hyper import HyperFit, fit_hyper, gather
-from bayestie._engines._streamed import Summary, summarised
+from bayestie._engines._streamed import Summary, summarised, weighted
 from bayestie._errors import InferenceError
 from bayestie._psis import good_k, psis
 from bayestie._sparse_collect import Columns
@@ -26,6 +26,7 @@ from bayestie._sparse_factor import NotPositive, variances
 from bayestie._sparse_mode import SparseFit, find_mode, log_likelihood, log_prior, shifted_mean
 
 STORED_BYTES = 2_000_000_000  # of draws, over all points
+_INDEPENDENT = (math.nan, math.nan, math.nan)
 _BATCH = 8  # draws made at once
 
 
@@ -43,7 +44,7 @@ class PointDraws:
     engine: str = "laplace"
     khat: float = -math.inf
     ess: float = math.inf
-    quality: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    quality: tuple[float, float, float] = _INDEPENDENT
     summary: Summary | None = None
     stats: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -146,7 +147,9 @@ class SparseRun:
             reason,
             fit.log_evidence,
             exact=True,
-            quality=(1.0, float(total), float(total)) if self.kept < task.num_draws else (math.nan,) * 3,
+            quality=(1.0, float(total), float(total))
+            if self.kept < task.num_draws
+            else (math.nan, math.nan, math.nan),
             summary=summary,
         )
 
@@ -199,8 +202,8 @@ class SparseRun:
         if not first.numbers.is_gaussian:
             raise InferenceError(
                 "the sparse route",
-                found=f"latents {list(self.copies.hyper)} outside the Gaussian part, and a likelihood that is "
-                "not normal",
+                found=f"latents {list(self.copies.hyper)} outside the Gaussian part, and a likelihood "
+                "that is not normal",
                 expected="one or the other",
                 fix="Fix or sweep these latents, or use engine='svi'.",
             )

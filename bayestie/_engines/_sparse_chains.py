@@ -5,8 +5,8 @@ leaves beyond its quadratic, a block proposed from q given the variables held st
 exp(change of its own observations' r): the cost of a sweep is a triangular solve, and its acceptance does not
 fall with the number of copies (Knorr-Held and Rue 2002, On block updating in Markov random field models for
 disease mapping). Proposals may be autoregressive about q's conditional mean (Crank-Nicolson), which the same
-ratio makes exact. Means of copies, whose prior no block sees alone, are a second acceptance (Liu 2001, section
-9.4.3, surrogate transitions); hubs, levels and fixed effects move with what responds to them.
+ratio makes exact. Means of copies, whose prior no block sees alone, are a second acceptance (Liu 2001,
+section 9.4.3, surrogate transitions); hubs, levels and fixed effects move with what responds to them.
 """
 
 import math
@@ -323,8 +323,7 @@ def run_chains(
         if found["certified"]:
             return found
     if (target.numbers.variances == 0).any():
-        found = _weighted(task, point, target, kept, to_rows)
-        return found
+        return _weighted(task, point, target, kept, to_rows)
     groups = Groups.of(target.structure)
     rng = task.generator(205, point)
     largest = min(target.structure.size, 16 * memory.get("size", target.structure.size))
@@ -363,7 +362,7 @@ class _Probe:
         with np.errstate(over="ignore"):
             weights = np.exp(self.total - self.total.max())
         share = weights.sum() ** 2 / np.square(weights).sum() / len(weights)
-        return bool(np.isfinite(self.total).all()) and self.total.std() < 1.5 and share * 16_000 > needed
+        return bool(np.isfinite(self.total).all() and self.total.std() < 1.5 and share * 16_000 > needed)
 
 
 def _weighted(
@@ -519,7 +518,7 @@ class _Chains:
             rhat, bulk = max(rhat, float(all_rhat.max())), min(bulk, float(all_bulk.min()))
             tail = min(tail, float(all_tail.min()))
             how = f" (ranks for {len(chosen)}, batch means for all {seen})"
-        good = rhat < MAX_RHAT and min(bulk, tail) >= self.task.target_ess
+        good = bool(rhat < MAX_RHAT and min(bulk, tail) >= self.task.target_ess)
         reason = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f} over {total} draws{how}"
         if not good:
             reason += f": wanted R-hat below {MAX_RHAT} and ESS of at least {self.task.target_ess:.0f}"

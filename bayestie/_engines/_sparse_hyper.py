@@ -1,9 +1,9 @@
 """A few latents h beside a Gaussian x: p(h | y) with x integrated out, then x given h.
 
 log p(h, y) costs one sparse factorisation. Its mode and curvature give a Student-t proposal of h; draws are
-gathered at a few nodes h_g, at each of which x is drawn from N(x_hat(h), Q(h_g)^-1); importance weights of the
-joint draws correct the nodes' coarseness and the proposal's shape alike. In the joint density of (x, h) the
-mode would be elsewhere: by sqrt(p_eff^2 / 2M) sd for the noise of M rows that tell of p_eff effects.
+gathered at a few nodes h_g, at each of which x is drawn from N(x_hat(h), Q(h_g)^-1); importance weights of
+the joint draws correct the nodes' coarseness and the proposal's shape alike. In the joint density of (x, h)
+the mode would be elsewhere: by sqrt(p_eff^2 / 2M) sd for the noise of M rows that tell of p_eff effects.
 """
 
 import math
@@ -43,7 +43,7 @@ class HyperFit:
 
 
 def fit_hyper(objective: Callable[[np.ndarray], float], start: np.ndarray) -> HyperFit:
-    """Maximise log p(h, y) by BFGS on central differences; its curvature by differences of a third of an sd."""
+    """Maximise log p(h, y) by BFGS on central differences; its curvature by differences of 0.3 sd."""
     dim = len(start)
 
     def negative(h: np.ndarray) -> float:
@@ -87,6 +87,6 @@ def gather(h: np.ndarray, factor: np.ndarray, seed: int) -> tuple[np.ndarray, np
         label = np.clip(np.searchsorted(edges, h[:, 0], side="right") - 1, 0, num - 1)
     else:
         white = np.linalg.solve(factor, h.T).T
-        label = kmeans2(white, num, minit="++", seed=seed, iter=10)[1]
+        label = kmeans2(white, num, minit="++", rng=np.random.default_rng(seed), iter=10)[1]
     used, label = np.unique(label, return_inverse=True)
     return np.stack([h[label == g].mean(0) for g in range(len(used))]), label
