@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bayestie._workers import run_all
 
-
 _TOGETHER = 1 << 18  # numbers diagnosed together: what a core's cache holds
 
 

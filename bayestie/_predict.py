@@ -43,8 +43,9 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
         ``elpd_difference_se``, and ``weight``, the stacking weights, which sum to one. Differences below 4,
         or within two of their errors, decide nothing.
         Pointwise ``elpd_i`` and ``pareto_k`` have the dim ``observation``. Where log_likelihood was
-        not kept, ``elpd``, ``elpd_se``, ``p_loo`` and ``max_pareto_k`` are those the sweep streamed,
-        differences have no error (NaN) and the rest is missing; attribute ``source`` says which.
+        not kept, all comes from the group ``loo``, which the sweep computed while it ran, without
+        ``elpd_mcse``; where that is missing too (too many observations to keep any), from the sums in
+        ``sweep``: differences then have no error (NaN). Attribute ``source`` says which.
 
     Raises:
         NameLookupError: neither log_likelihood nor elpd was kept.
@@ -54,8 +55,17 @@ def compare(path: xr.DataTree, *, reff: float | None = None) -> xr.Dataset:
         Gelman (2018), Bayesian Analysis 13, for stacking.
     """
     if "log_likelihood" not in path.children or not path["log_likelihood"].data_vars:
-        return _streamed(path)
+        return stored_comparison(path)
     return summarise(pointwise(path, reff))
+
+
+def stored_comparison(path: xr.DataTree) -> xr.Dataset:
+    """`compare` by what the sweep found while it ran: no Monte Carlo error, draws taken as independent."""
+    if "loo" not in path.children:
+        return _streamed(path)
+    num_draws = path["posterior"].sizes["chain"] * path["posterior"].sizes["draw"]
+    point = path["loo"].to_dataset().assign_attrs(source="sweep", good_k=good_k(num_draws))
+    return summarise(point)
 
 
 def pointwise(path: xr.DataTree, reff: float | None = None) -> xr.Dataset:
@@ -94,7 +104,6 @@ def summarise(point: xr.Dataset) -> xr.Dataset:
     data = {
         "elpd": elpd,
         "elpd_se": _standard_error(point["elpd_i"]),
-        "elpd_mcse": np.sqrt((point["mcse_i"] ** 2).sum("observation")),
         "p_loo": point["p_loo_i"].sum("observation"),
         "max_pareto_k": point["pareto_k"].max("observation"),
         "num_bad_k": bad.sum("observation"),
@@ -104,6 +113,8 @@ def summarise(point: xr.Dataset) -> xr.Dataset:
         "elpd_i": point["elpd_i"],
         "pareto_k": point["pareto_k"],
     }
+    if "mcse_i" in point:
+        data["elpd_mcse"] = np.sqrt((point["mcse_i"] ** 2).sum("observation"))
     return xr.Dataset(data, coords=point.coords, attrs=point.attrs)
 
 

@@ -17,7 +17,7 @@ from bayestie._errors import CoverageError, NameLookupError
 from bayestie._evidence import evidence
 from bayestie._marginal import curve_along
 from bayestie._path import holds, sites_along, sweep_value, swept_values, tied_sites
-from bayestie._predict import compare, difference
+from bayestie._predict import compare, difference, stored_comparison
 from bayestie._results import select, swept_names
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._strength_prior import describe
@@ -259,7 +259,7 @@ def _supported(curve: Curve) -> list[float]:
 
 def _compared(path: xr.DataTree) -> xr.Dataset | None:
     try:
-        return compare(path)
+        return stored_comparison(path) if "loo" in path.children else compare(path)
     except NameLookupError:
         return None
 

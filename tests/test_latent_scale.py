@@ -36,11 +36,8 @@ def known_ratios(y, *, sigma):
     """Sds known but for a factor, given as a variance; a mask and a weight."""
     theta = bt.tied("theta", bt.Tie.chain(GROUPS), sigma, dist.Normal(0.0, 5.0))
     variance = pyro.sample("variance", dist.InverseGamma(3.0, 2.0))
-    with (
-        pyro.plate("row", ROWS),
-        pyro.poutine.mask(mask=torch.arange(ROWS) != 3),
-        pyro.poutine.scale(scale=0.5),
-    ):
+    kept: Any = torch.arange(ROWS) != 3
+    with pyro.plate("row", ROWS), pyro.poutine.mask(mask=kept), pyro.poutine.scale(scale=0.5):
         pyro.sample("y", dist.Normal(theta[GROUP] + 1.0, variance.sqrt() * KNOWN), obs=y)
 
 

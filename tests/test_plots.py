@@ -15,11 +15,13 @@ from synthetic import EFFECT, SCHOOLS, STDERR, eight_schools_tree, fit_tree, nor
 from bayestie._calibration import _tests
 from bayestie._errors import NameLookupError
 from bayestie._evidence import evidence
+from bayestie._predict import compare
 from bayestie._results import build_tree, select
 from bayestie._strength import hard_vs_soft, strength_posterior
 from bayestie._verdict import default_prior
 from bayestie.plots import (
     plot_calibration,
+    plot_compare,
     plot_copies,
     plot_estimates,
     plot_evidence,
@@ -31,6 +33,7 @@ from bayestie.plots import (
     plot_tension,
 )
 from bayestie.plots._axis import STRENGTH_AXES, best_index, best_point, strength_axis
+from bayestie.plots._compare import comparison_of
 from bayestie.plots._estimates import estimates_of
 from bayestie.plots._paths import highlighted
 from bayestie.plots._predictive import checks_of
@@ -351,6 +354,24 @@ def test_strength_shows_the_posterior_and_the_bayes_factors(width):
 def test_a_sweep_of_one_strength_has_no_strength_figure():
     tree = normal_means_tree(EFFECT, STDERR, labels=SCHOOLS, dim="school", strengths=(0.0, 1.0))
     assert factors_of(tree) is None
+
+
+def test_compare_draws_paired_differences():
+    tree = eight_schools_tree()
+    found, expected = comparison_of(tree), compare(tree)
+    assert found is not None
+    np.testing.assert_allclose(found.difference, expected["elpd_difference"].values)
+    np.testing.assert_allclose(found.error, expected["elpd_difference_se"].values)
+    np.testing.assert_allclose(found.weight, expected["weight"].values)
+    assert found.difference[found.best] == 0.0 and found.alike[found.best]
+    above, below = plot_compare(tree).axes
+    assert [bar.get_height() for bar in below.patches] == pytest.approx(found.weight.tolist())
+    ends = above.containers[0].lines[2][0].get_segments()
+    for (low, high), centre, error in zip(ends, found.difference, found.error, strict=True):
+        assert (low[1], high[1]) == pytest.approx((centre - 2 * error, centre + 2 * error))
+    assert comparison_of(tree.drop_nodes(["log_likelihood"])) is None
+    with pytest.raises(NameLookupError, match="no predictive score of every observation"):
+        plot_compare(tree.drop_nodes(["log_likelihood"]))
 
 
 def test_estimates_are_differences_from_the_joined_one():

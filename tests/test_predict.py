@@ -11,9 +11,11 @@ from arviz_stats import compare as arviz_compare
 from arviz_stats import loo
 from synthetic import EFFECT, STDERR, eight_schools_tree, fit_tree, log_evidence, normal_means_tree
 
+import bayestie as bt
 from bayestie._errors import NameLookupError
 from bayestie._predict import compare, difference
 from bayestie._results import select
+from models import eight_schools
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +148,24 @@ def test_with_neither_a_named_error(path):
     tree["sweep"] = xr.DataTree(tree["sweep"].to_dataset().drop_vars("elpd"))
     with pytest.raises(NameLookupError, match="neither log_likelihood nor elpd"):
         compare(tree)
+
+
+def test_a_sweep_keeps_the_score_of_every_observation():
+    full = bt.sweep(
+        eight_schools.eight_schools,
+        **eight_schools.data(),
+        over={"sigma": [0.5, 5.0, 50.0]},
+        num_draws=1000,
+        seed=3,
+    )
+    thin = full.copy()
+    del thin["log_likelihood"]
+    found, expected = compare(thin), compare(full)
+    assert found.attrs["source"] == "sweep" and "elpd_mcse" not in found
+    np.testing.assert_allclose(found.elpd, full["sweep"].elpd)
+    np.testing.assert_allclose(found.elpd_se, full["sweep"].elpd_se)
+    np.testing.assert_allclose(found.max_pareto_k, full["sweep"].max_pareto_k)
+    # The same draws; only the tail's length may differ, by the draws' relative efficiency.
+    for name in ("elpd_difference", "elpd_difference_se", "p_loo"):
+        np.testing.assert_allclose(found[name], expected[name], atol=0.02)
+    np.testing.assert_allclose(found.weight, expected.weight, atol=0.05)

@@ -24,6 +24,7 @@ SECTIONS = {
     "answer": 0,
     "paths": 1,
     "evidence": 1,
+    "prediction": 1,
     "strength": 1,
     "pooling": 1,
     "tension": 1,
@@ -229,7 +230,7 @@ def test_stepping_in_the_browser(tmp_path):
     assert audit["first"]["panels"] == ["s0"]
     assert audit["second"]["panels"] == ["s1"]
     assert audit["third"]["panels"] == ["s2"]
-    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 1 + 1)  # paths, evidence, pooling, estimates
+    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 2 + 1 + 1)  # paths, evidence, prediction, pooling, estimates
     assert all(a != b for a, b in zip(audit["first"]["rules"], audit["second"]["rules"], strict=True))
 
 

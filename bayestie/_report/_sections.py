@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bayestie._report._svg import inline_svg
 from bayestie._report._sweep_view import SweepView, Table
 from bayestie.plots import (
+    plot_compare,
     plot_estimates,
     plot_evidence,
     plot_pooling,
@@ -20,6 +21,7 @@ from bayestie.plots import (
     plot_strength_paths,
     plot_tension,
 )
+from bayestie.plots._compare import SMALL, Comparison, comparison_of
 from bayestie.plots._estimates import Estimates, estimates_of
 from bayestie.plots._paths import MOST_PANELS
 from bayestie.plots._strength import Factors, factors_of
@@ -42,8 +44,11 @@ class Section:
 
 
 def sections_of(view: SweepView, prior: Any = None) -> list[Section]:
-    """Paths, evidence with LOO, the strength's posterior, number of parameters, tension, estimates."""
+    """Paths, evidence with LOO, paired differences, the strength's posterior, pooling, tension, estimates."""
     found = [_paths(view), _evidence(view)]
+    compared = comparison_of(view.tree)
+    if compared is not None:
+        found.append(_prediction(view, compared))
     factors = factors_of(view.tree, prior)
     if factors is not None:
         found.append(_strength(view, factors, prior))
@@ -211,6 +216,46 @@ def _tension(view: SweepView, pulls: list[Pulls]) -> Section:
         _drawings(view, "tension", " ".join(sentences), lambda width: plot_tension(view.tree, width=width)),
         tuple(caption),
         Table(("tie", "pull", "verdict"), tuple(rows)),
+    )
+
+
+def _prediction(view: SweepView, found: Comparison) -> Section:
+    alike = int(found.alike.sum())
+    values = view.axis.values
+    if alike == len(values):
+        sentence = "Nothing tells any strength from the best: prediction alone does not choose."
+    else:
+        worse = [view.name_of(int(i)) for i in np.flatnonzero(~found.alike)]
+        listed = ", ".join(worse[:4]) + (f" and {len(worse) - 4} more" if len(worse) > 4 else "")
+        sentence = f"Nothing tells {alike} of {len(values)} strengths from the best. Worse are {listed}."
+    caption = [
+        f"Each strength against {view.name_of(found.best)}, which predicts best, observation by observation: "
+        "what all strengths predict equally well or badly cancels, so these errors are the ones to go by. "
+        f"Differences below {SMALL:.0f} (pale band), or within two of their errors, decide nothing. "
+        "Stacking weights say how strengths would be mixed to predict best together.",
+        sentence,
+    ]
+    if found.num_bad_k.any():
+        caption.append(
+            f"A red cross: up to {int(found.num_bad_k.max())} observations there have a Pareto k too large "
+            "for their score to be trusted. bayestie.loo_refits leaves these out by fitting again."
+        )
+    rows = [
+        (
+            number(value),
+            f"{found.difference[i]:+.2f}",
+            f"{found.error[i]:.2g}",
+            f"{found.weight[i]:.2f}",
+            f"{found.num_bad_k[i]}",
+        )
+        for i, value in enumerate(values)
+    ]
+    return Section(
+        "prediction",
+        "Which strengths predict as well as the best?",
+        _drawings(view, "prediction", sentence, lambda width: plot_compare(view.tree, width=width)),
+        tuple(caption),
+        Table((view.axis.name, "difference", "± se", "stacking weight", "bad k"), tuple(rows)),
     )
 
 

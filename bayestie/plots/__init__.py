@@ -1,5 +1,6 @@
-"""Figures of a results tree: strength paths, evidence, the strength's posterior, pooling, tension, draws."""
+"""Figures of a results tree, along the strength and at one, and of studies by simulation."""
 
+from bayestie.plots._compare import plot_compare
 from bayestie.plots._copies import plot_copies
 from bayestie.plots._curves import plot_evidence, plot_pooling
 from bayestie.plots._estimates import plot_estimates
@@ -11,6 +12,7 @@ from bayestie.plots._tension import plot_tension
 
 __all__ = [
     "plot_calibration",
+    "plot_compare",
     "plot_copies",
     "plot_estimates",
     "plot_evidence",
