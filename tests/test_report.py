@@ -107,10 +107,10 @@ def test_ids_are_unique_and_every_reference_has_its_target():
 def test_every_figure_has_a_caption_and_a_text_alternative():
     reader = Reader(page())
     drawings = reader.all("svg")
-    assert len(drawings) == 6 * 2 + len(STRENGTHS) * 2
+    assert len(drawings) == 7 * 2 + len(STRENGTHS) * 2
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in drawings)
     figures, captions = reader.all("figure"), reader.all("figcaption")
-    assert len(figures) == len(captions) == 6 + len(STRENGTHS)
+    assert len(figures) == len(captions) == 7 + len(STRENGTHS)
     described = next(attrs["aria-label"] for attrs in drawings if "wide" in attrs["class"])
     assert "Choate" in described
     assert "sigma = 30" in described
@@ -230,7 +230,8 @@ def test_stepping_in_the_browser(tmp_path):
     assert audit["first"]["panels"] == ["s0"]
     assert audit["second"]["panels"] == ["s1"]
     assert audit["third"]["panels"] == ["s2"]
-    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 2 + 1 + 1)  # paths, evidence, prediction, pooling, estimates
+    # Paths, evidence, prediction, pooling, estimates.
+    assert len(audit["first"]["rules"]) == 2 * (8 + 2 + 2 + 1 + 1)
     assert all(a != b for a, b in zip(audit["first"]["rules"], audit["second"]["rules"], strict=True))
 
 

@@ -98,5 +98,5 @@ def plot_compare(path: xr.DataTree, *, along: str | None = None, width: float = 
         below.set_title("Stacking weight")
         for axes in (above, below):
             quiet_grid(axes)
-        axis.dress(below, room=width - 0.6)
+            axis.dress(axes, room=width - 0.6, labels=axes is below)
         return figure
