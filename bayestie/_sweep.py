@@ -7,7 +7,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from bayestie._errors import (
 )
 from bayestie._program import LaneProgram, resolve_device
 from bayestie._results import save
+from bayestie._shards import run_in_shards
 from bayestie._sparse_density import SparseDensity, build_sparse_density
 
 ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
@@ -173,6 +176,7 @@ def sweep(
     coords: Mapping[str, Sequence[Any]] | None = None,
     progress: Progress | None = None,
     out: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
     **kwargs: Any,
 ) -> xr.DataTree:
     """Fit a Pyro model at every strength of a grid, all strengths and chains as one batch.
@@ -195,6 +199,10 @@ def sweep(
         progress: called with a dict of events.
         out: path to save the result to. If the sweep is interrupted (Ctrl-C), the strengths that are
             finished are saved there before KeyboardInterrupt goes on.
+        executor: runs shards of neighbouring strengths on other processes or machines: a
+            ``concurrent.futures`` executor, Dask's ``client.get_executor()``. A sweep is cut in the same
+            shards whatever the workers, so the draws are the same; the model and its data must pickle.
+            Shards know nothing of one another: evidence by MBAR is left out.
         **kwargs: the model's other keyword arguments.
 
     Returns:
@@ -205,10 +213,62 @@ def sweep(
         BayestieError: one of its named kinds.
     """
     values = checked_over(over)
+    if executor is not None:
+        return _sweep_in_shards(
+            executor, model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device,
+            guide, keep, dims, coords, progress, out,
+        )  # fmt: skip
     return _run(
         "sweep", model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device, guide,
         keep, dims, coords, progress, out,
     )  # fmt: skip
+
+
+def _sweep_in_shards(
+    executor: Executor,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    swept: dict[str, np.ndarray],
+    engine: str,
+    seed: int,
+    num_chains: int,
+    num_draws: int,
+    target_ess: float,
+    device: str | torch.device | None,
+    guide: str | None,
+    keep: Sequence[str] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Sequence[Any]] | None,
+    progress: Progress | None,
+    out: str | os.PathLike[str] | None,
+) -> xr.DataTree:
+    # Bad input is met here, before anything is sent out.
+    if isinstance(executor, ThreadPoolExecutor) and executor._max_workers > 1:
+        raise OptionError(
+            "executor",
+            found=f"a ThreadPoolExecutor of {executor._max_workers} workers",
+            expected="processes, or one thread: threads share Pyro's handlers",
+            fix="Use concurrent.futures.ProcessPoolExecutor, or Dask's client.get_executor().",
+        )
+    check_options(engine, num_chains, num_draws, target_ess, guide)
+    _check_seed(seed)
+    if out is not None:
+        _check_place(out)
+    _check_clash(kwargs, swept)
+    first = {name: torch.tensor(values[:1], dtype=torch.float64) for name, values in swept.items()}
+    program = LaneProgram(model, args, kwargs, first, device=resolve_device(device), seed=seed)
+    run = partial(
+        sweep, model, *args, engine=engine, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
+        device=device, guide=guide, keep=keep, dims=dims, coords=coords, **kwargs,
+    )  # fmt: skip
+    tree, whole = run_in_shards(executor, run, swept, seed, _guarded(progress))
+    tree.attrs["call"] = _call_text("sweep", model, program, swept, engine, seed)
+    if out is not None:
+        save(tree, out)
+    if not whole:
+        raise KeyboardInterrupt
+    return tree
 
 
 def checked_over(over: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
@@ -267,14 +327,7 @@ def _run(
     _check_seed(seed)
     if out is not None:
         _check_place(out)
-    clash = [name for name in kwargs if name in swept]
-    if clash:
-        raise KeywordError(
-            f"keyword '{clash[0]}'",
-            found="a value for a keyword that is swept as well",
-            expected="one or the other",
-            fix="Drop it from the call, or from over=.",
-        )
+    _check_clash(kwargs, swept)
     grid = list(itertools.product(*swept.values()))
     points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
     program = LaneProgram(model, args, kwargs, points, device=resolve_device(device), seed=seed)
@@ -399,6 +452,17 @@ def check_options(engine: str, num_chains: int, num_draws: int, target_ess: floa
             found=f"{guide!r} with engine '{engine}'",
             expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
             fix="Name the engine too: engine='svi'.",
+        )
+
+
+def _check_clash(kwargs: Mapping[str, Any], swept: Mapping[str, Any]) -> None:
+    clash = [name for name in kwargs if name in swept]
+    if clash:
+        raise KeywordError(
+            f"keyword '{clash[0]}'",
+            found="a value for a keyword that is swept as well",
+            expected="one or the other",
+            fix="Drop it from the call, or from over=.",
         )
 
 
