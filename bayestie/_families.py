@@ -19,10 +19,11 @@ def _constraints(base: Any) -> dict[str, Any] | None:
     if base.event_shape or not isinstance(getattr(type(base), "arg_constraints", None), dict):
         return None
     given = {n: c for n, c in type(base).arg_constraints.items() if n in base.__dict__}  # logits or probs
-    return {n: _link(c) for n, c in given.items()}
+    return {n: link_of(c) for n, c in given.items()}
 
 
-def _link(constraint: Any) -> Any:
+def link_of(constraint: Any) -> Any:
+    """The map from the real line to a parameter's values; None is the identity, or none is known."""
     if isinstance(constraint, type(constraints.real)) or constraints.is_dependent(constraint):
         return None
     if getattr(constraint, "lower_bound", None) == 0 and not hasattr(constraint, "upper_bound"):
@@ -222,7 +223,7 @@ def find_families(program: LaneProgram, position: Tensor) -> list[Family]:
         moving = tuple(n for n, x in parameters.items() if not torch.equal(x, there[name][1][n]))
         if not moving:
             continue
-        links = tuple(_link(type(base).arg_constraints[n]) for n in moving)
+        links = tuple(link_of(type(base).arg_constraints[n]) for n in moving)
         shape = torch.Size(np.broadcast_shapes(base.batch_shape, msg["value"].shape))
         still = tuple(n for n in parameters if n not in moving)
         constants = _constants(program, name, still, shape, position)

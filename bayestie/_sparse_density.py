@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bayestie._copy_coordinates import Block, CopyProgram, NotSparse, Reading, sites_of
-from bayestie._families import Cumulant, Family, _link
+from bayestie._families import Cumulant, Family, link_of
 from bayestie._program import LaneProgram, base_distribution
 from bayestie._sparse_factor import NotPositive, choose_pattern, lower_pattern
 from bayestie._sparse_map import NotSparseMap, find_map
@@ -447,7 +447,7 @@ class SparseDensity:
     def _likelihood(self, predictor: Predictor, reading: Reading, point: int) -> Likelihood:
         message, parameters = reading.likelihoods[predictor.site]
         base = base_distribution(message["fn"])
-        link = _link(type(base).arg_constraints[predictor.name])
+        link = link_of(type(base).arg_constraints[predictor.name])
         still = tuple(n for n in parameters if n != predictor.name)
         family = _family(
             predictor.site,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayestie._affine import AffineDensity
-from bayestie._engines._axes import AxisProposal, fine_edges, piecewise
+from bayestie._engines._axes import AxisProposal, by_points, fine_edges, piecewise
 from bayestie._engines._protocol import Task
 
 _GRID = 41  # values of h tried at once while its mode is looked for
@@ -52,20 +52,27 @@ class ConditionalProposal:
 
     def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
+        position, log_density = by_points(self, "_propose", noise)
+        return position, log_density
+
+    def log_density(self, position: Tensor) -> Tensor:
+        """Log density at positions (P, batch, D)."""
+        return by_points(self, "_log_density", position)[0]
+
+    def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         here, others = noise[..., :1], noise[..., 1:]
         h, log_density = self.hyper.propose(here)
         mean, sd = self._moments(h)
         x = self.centre.unsqueeze(1) + torch.bmm(mean + sd * others, self.to_latent.mT)
         j = self.column
-        return torch.cat([x[..., :j], h, x[..., j:]], -1), log_density + self._log_density(others, sd)
+        return torch.cat([x[..., :j], h, x[..., j:]], -1), log_density + self._given_noise(others, sd)
 
-    def log_density(self, position: Tensor) -> Tensor:
-        """Log density at positions (P, batch, D)."""
+    def _log_density(self, position: Tensor) -> tuple[Tensor]:
         j = self.column
         h, x = position[..., j : j + 1], torch.cat([position[..., :j], position[..., j + 1 :]], -1)
         mean, sd = self._moments(h)
         noise = (torch.bmm(x - self.centre.unsqueeze(1), self.to_noise.mT) - mean) / sd
-        return self.hyper.log_density(h) + self._log_density(noise, sd)
+        return (self.hyper.log_density(h) + self._given_noise(noise, sd),)
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Means and sds of the coordinates given h (P, batch, 1), (P, batch, D - 1)."""
@@ -73,7 +80,7 @@ class ConditionalProposal:
         variance = 1.0 / (1.0 + precision * self.eigenvalues.unsqueeze(1))
         return precision * self.pull.unsqueeze(1) * variance, variance.sqrt()
 
-    def _log_density(self, noise: Tensor, sd: Tensor) -> Tensor:
+    def _given_noise(self, noise: Tensor, sd: Tensor) -> Tensor:
         constant = 0.5 * noise.shape[-1] * math.log(2.0 * math.pi)
         return -(0.5 * noise.square() + sd.log()).sum(-1) - constant - self.log_det.unsqueeze(1)
 
