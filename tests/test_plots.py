@@ -366,7 +366,8 @@ def test_compare_draws_paired_differences():
     assert found.difference[found.best] == 0.0 and found.alike[found.best]
     above, below = plot_compare(tree).axes
     assert [bar.get_height() for bar in below.containers[0]] == pytest.approx(found.weight.tolist())
-    ends = above.containers[0].lines[2][0].get_segments()
+    (bars,) = [x for x in above.collections if isinstance(x, LineCollection)]
+    ends = bars.get_segments()
     for (low, high), centre, error in zip(ends, found.difference, found.error, strict=True):
         assert (low[1], high[1]) == pytest.approx((centre - 2 * error, centre + 2 * error))
     assert comparison_of(tree.drop_nodes(["log_likelihood"])) is None
