@@ -139,7 +139,9 @@ def fit(
         log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws, overlap
         (every strength's log density at a few draws of each, for `evidence`), loo (the predictive score of
         every observation, for `compare`) and sweep. Read
-        ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws.
+        ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws. Beyond 2,000
+        latents the copies themselves are sampled: a tied statement's ``_z`` is not stored, and draws that
+        would not fit in memory are thinned, with moments of all of them in a group ``summary``.
 
     Raises:
         BayestieError: one of its named kinds, for anything wrong with the model, the data or an option.
