@@ -132,7 +132,7 @@ def pyro_nuts(device: str, _: int, num: int, record: Record) -> None:
 def numpyro_nuts(device: str, lanes: int, num: int, record: Record) -> None:
     """All lanes of NumPyro's NUTS in one program, after compilation; a lane that waits does no work."""
     try:
-        import jax
+        import jax  # pyright: ignore[reportMissingImports]
 
         found = {"cuda": "gpu"}.get(device, device)
         jax.config.update("jax_platforms", "cuda,cpu" if device == "cuda" else "cpu")

@@ -116,8 +116,8 @@ def log_joint_of(peer, workload, arrays, sigma, centred):
     if peer == "pyro":
         return lambda sites: float(at_hand(workload, arrays, sites, sigma, centred).log_prob_sum())
     if peer == "numpyro":
-        import jax
-        from numpyro.infer.util import log_density
+        import jax  # pyright: ignore[reportMissingImports]
+        from numpyro.infer.util import log_density  # pyright: ignore[reportMissingImports]
 
         from benchmarks._numpyro import hand_written_model
 
@@ -131,7 +131,7 @@ def log_joint_of(peer, workload, arrays, sigma, centred):
                 return float(log_density(model, (), keywords, sites)[0])
 
         return density
-    import pymc as pm
+    import pymc as pm  # pyright: ignore[reportMissingImports]
 
     from benchmarks._pymc_models import build
 
