@@ -202,8 +202,9 @@ def sweep(
         out: path to save the result to. If the sweep is interrupted (Ctrl-C), the strengths that are
             finished are saved there before KeyboardInterrupt goes on.
         executor: runs shards of neighbouring strengths on other processes or machines: a
-            ``concurrent.futures`` executor, Dask's ``client.get_executor()``. A sweep is cut in the same
-            shards whatever the workers, so the draws are the same; the model and its data must pickle.
+            ``concurrent.futures`` executor (of processes that spawn), Dask's ``client.get_executor()``. A
+            sweep is cut in the same shards whatever the workers, so the draws are the same; the model and
+            its data must pickle.
             Shards know nothing of one another: evidence by MBAR is left out.
         **kwargs: the model's other keyword arguments.
 
@@ -246,13 +247,7 @@ def _sweep_in_shards(
     out: str | os.PathLike[str] | None,
 ) -> xr.DataTree:
     # Bad input is met here, before anything is sent out.
-    if isinstance(executor, ThreadPoolExecutor) and executor._max_workers > 1:
-        raise OptionError(
-            "executor",
-            found=f"a ThreadPoolExecutor of {executor._max_workers} workers",
-            expected="processes, or one thread: threads share Pyro's handlers",
-            fix="Use concurrent.futures.ProcessPoolExecutor, or Dask's client.get_executor().",
-        )
+    _check_executor(executor)
     check_options(engine, num_chains, num_draws, target_ess, guide)
     _check_seed(seed)
     if out is not None:
@@ -454,6 +449,25 @@ def check_options(engine: str, num_chains: int, num_draws: int, target_ess: floa
             found=f"{guide!r} with engine '{engine}'",
             expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
             fix="Name the engine too: engine='svi'.",
+        )
+
+
+def _check_executor(executor: Executor) -> None:
+    if isinstance(executor, ThreadPoolExecutor) and executor._max_workers > 1:
+        raise OptionError(
+            "executor",
+            found=f"a ThreadPoolExecutor of {executor._max_workers} workers",
+            expected="processes, or one thread: threads share Pyro's handlers",
+            fix="Use a ProcessPoolExecutor that spawns, or Dask's client.get_executor().",
+        )
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise OptionError(
+            "executor",
+            found="a process pool that forks",
+            expected="one that spawns: torch's threads hang in a forked process",
+            fix="ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')), in a file whose main "
+            "part stands under if __name__ == '__main__'.",
         )
 
 

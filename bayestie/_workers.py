@@ -1,5 +1,7 @@
 """Independent pieces of tensor work on the processor's cores, one thread each."""
 
+import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -51,18 +53,23 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="bayestie", initializer=_start_worker)
 
 
+# A forked process has no threads: it makes its own pool when it needs one.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def _start_worker() -> None:
     _here.is_worker = True
     torch.set_num_threads(1)
 
 
+_KEPT = 1 << 22  # numbers; more than this is given back
+
+
 def scratch(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Uninitialised memory of this thread, the same at every call: fresh pages cost more than arithmetic."""
-    if like.device.type != "cpu":
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size > _KEPT:
         return like.new_empty(shape)
-    size = 1
-    for length in shape:
-        size *= length
     kept: dict[Any, Tensor] = _here.__dict__.setdefault("kept", {})
     found = kept.get((name, like.dtype))
     if found is None or len(found) < size:

@@ -100,7 +100,10 @@ def test_processes_draw_what_one_thread_draws(local):
     assert [e["strengths_done"] for e in events][-1] == len(GRID) == events[-1]["strengths_total"]
 
 
-def test_threads_and_bad_input_are_refused():
+def test_threads_forks_and_bad_input_are_refused():
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, mp_context=fork) as executor, pytest.raises(OptionError, match="forks"):
+        bt.sweep(unhurried, **data(), over={"sigma": GRID}, executor=executor)
     with ThreadPoolExecutor(2) as executor, pytest.raises(OptionError, match="threads share"):
         bt.sweep(unhurried, **data(), over={"sigma": GRID}, executor=executor)
     with pytest.raises(ModelError):
