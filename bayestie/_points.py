@@ -17,7 +17,8 @@ from bayestie._density import ProgramDensity
 from bayestie._engines import Draws, Task
 from bayestie._errors import KeywordError, NameLookupError, OptionError
 from bayestie._program import LaneProgram, argument_names
-from bayestie._sweep import check_options, checked_over, run_engine
+from bayestie._sweep import run_engine
+from bayestie._sweep_options import check_clash, check_options, checked_over
 
 # Numbers (draws, or entries of predictors' matrices) that the points of one batched call may hold.
 MAX_NUMBERS = 40_000_000
@@ -59,14 +60,7 @@ def read_over(over: Mapping[str, Sequence[float]] | None, kwargs: Mapping[str, A
         KeywordError: a keyword given and swept.
     """
     values = {} if over is None else checked_over(over)
-    clash = [name for name in kwargs if name in values]
-    if clash:
-        raise KeywordError(
-            f"keyword '{clash[0]}'",
-            found="a value for a keyword that is swept as well",
-            expected="one or the other",
-            fix="Drop it from the call, or from over=.",
-        )
+    check_clash(kwargs, values)
     return Grid(values)
 
 

@@ -4,14 +4,12 @@ import itertools
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,22 +32,19 @@ from bayestie._engines import (
     run_sparse,
     run_svi,
 )
-from bayestie._errors import (
-    InferenceError,
-    KeywordError,
-    NameLookupError,
-    OptionError,
-    OutputError,
-    StrengthError,
-)
+from bayestie._errors import InferenceError, OptionError
 from bayestie._program import LaneProgram, resolve_device
 from bayestie._results import save
 from bayestie._shards import run_in_shards
 from bayestie._sparse_density import SparseDensity, build_sparse_density
-
-ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
-GUIDES = ("mean_field", "low_rank", "full_rank")
-Progress = Callable[[dict[str, Any]], None]
+from bayestie._sweep_options import (
+    Options,
+    Progress,
+    check_clash,
+    check_executor,
+    check_start,
+    checked_over,
+)
 
 
 def strengths(low: float, high: float, num: int, *, hard: bool = False, free: bool = False) -> list[float]:
@@ -155,10 +150,11 @@ def fit(
         >>> bool(fit(coin, torch.tensor([1.0, 0.0, 1.0])).sweep.certified)
         True
     """
-    return _run(
-        "fit", model, args, kwargs, {}, engine, seed, num_chains, num_draws, target_ess, device, guide,
-        keep, dims, coords, progress, out,
+    options = Options(
+        engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
+        device=device, guide=guide, keep=keep, dims=dims, coords=coords, progress=progress, out=out,
     )  # fmt: skip
+    return _run("fit", model, args, kwargs, {}, options)
 
 
 def sweep(
@@ -216,15 +212,13 @@ def sweep(
         BayestieError: one of its named kinds.
     """
     values = checked_over(over)
-    if executor is not None:
-        return _sweep_in_shards(
-            executor, model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device,
-            guide, keep, dims, coords, progress, out,
-        )  # fmt: skip
-    return _run(
-        "sweep", model, args, kwargs, values, engine, seed, num_chains, num_draws, target_ess, device, guide,
-        keep, dims, coords, progress, out,
+    options = Options(
+        engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
+        device=device, guide=guide, keep=keep, dims=dims, coords=coords, progress=progress, out=out,
     )  # fmt: skip
+    if executor is None:
+        return _run("sweep", model, args, kwargs, values, options)
+    return _sweep_in_shards(executor, model, args, kwargs, values, options)
 
 
 def _sweep_in_shards(
@@ -233,71 +227,22 @@ def _sweep_in_shards(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     swept: dict[str, np.ndarray],
-    engine: str,
-    seed: int,
-    num_chains: int,
-    num_draws: int,
-    target_ess: float,
-    device: str | torch.device | None,
-    guide: str | None,
-    keep: Sequence[str] | None,
-    dims: Mapping[str, Sequence[str]] | None,
-    coords: Mapping[str, Sequence[Any]] | None,
-    progress: Progress | None,
-    out: str | os.PathLike[str] | None,
+    options: Options,
 ) -> xr.DataTree:
     # Bad input is met here, before anything is sent out.
-    _check_executor(executor)
-    check_options(engine, num_chains, num_draws, target_ess, guide)
-    _check_seed(seed)
-    if out is not None:
-        _check_place(out)
-    _check_clash(kwargs, swept)
+    check_executor(executor)
+    check_clash(kwargs, swept)
+    device, seed = resolve_device(options.device), options.seed
     first = {name: torch.tensor(values[:1], dtype=torch.float64) for name, values in swept.items()}
-    program = LaneProgram(model, args, kwargs, first, device=resolve_device(device), seed=seed)
-    run = partial(
-        sweep, model, *args, engine=engine, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
-        device=device, guide=guide, keep=keep, dims=dims, coords=coords, **kwargs,
-    )  # fmt: skip
-    tree, whole = run_in_shards(executor, run, swept, seed, _guarded(progress))
-    tree.attrs["call"] = _call_text("sweep", model, program, swept, engine, seed)
-    if out is not None:
-        save(tree, out)
+    program = LaneProgram(model, args, kwargs, first, device=device, seed=seed)
+    run = partial(sweep, model, *args, **options.of_shards(), **kwargs)
+    tree, whole = run_in_shards(executor, run, swept, seed, options.reporter())
+    tree.attrs["call"] = _call_text("sweep", model, program, swept, options)
+    if options.out is not None:
+        save(tree, options.out)
     if not whole:
         raise KeyboardInterrupt
     return tree
-
-
-def checked_over(over: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
-    if not isinstance(over, Mapping) or not over:
-        raise OptionError(
-            "over",
-            found=repr(over)[:80],
-            expected="a dict from keywords of the model to the values to try",
-            fix='Write over={"sigma": bayestie.strengths(0.1, 30, 16)}.',
-        )
-    values = {}
-    for name, given in over.items():
-        try:
-            array = np.atleast_1d(np.asarray(given, dtype=float))
-        except (TypeError, ValueError):
-            array = np.empty((0, 0))
-        if array.ndim != 1 or array.size == 0:
-            raise OptionError(
-                f"over['{name}']",
-                found=repr(given)[:80],
-                expected="a list of numbers, at least one",
-                fix="Sweep a scalar keyword; scale a tensor by it inside the model.",
-            )
-        if np.isnan(array).any() or len(np.unique(array)) < array.size:
-            raise StrengthError(
-                f"over['{name}']",
-                found="NaN" if np.isnan(array).any() else "a value twice",
-                expected="distinct numbers",
-                fix="Remove it from the list.",
-            )
-        values[name] = array
-    return values
 
 
 def _run(
@@ -306,39 +251,27 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     swept: dict[str, np.ndarray],
-    engine: str,
-    seed: int,
-    num_chains: int,
-    num_draws: int,
-    target_ess: float,
-    device: str | torch.device | None,
-    guide: str | None,
-    keep: Sequence[str] | None,
-    dims: Mapping[str, Sequence[str]] | None,
-    coords: Mapping[str, Sequence[Any]] | None,
-    progress: Progress | None,
-    out: str | os.PathLike[str] | None,
+    options: Options,
 ) -> xr.DataTree:
     begin = time.perf_counter()
-    check_options(engine, num_chains, num_draws, target_ess, guide)
-    _check_seed(seed)
-    if out is not None:
-        _check_place(out)
-    _check_clash(kwargs, swept)
+    check_clash(kwargs, swept)
+    engine, out = options.engine, options.out
     grid = list(itertools.product(*swept.values()))
     points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
-    program = LaneProgram(model, args, kwargs, points, device=resolve_device(device), seed=seed)
+    program = LaneProgram(
+        model, args, kwargs, points, device=resolve_device(options.device), seed=options.seed
+    )
     sparse, refusal = _sparse_route(program, engine)
     task = Task(
         program=program,
         density=build_density(program) if sparse is None else ProgramDensity(program),
         num_points=len(grid),
-        num_chains=num_chains,
-        num_draws=num_draws,
-        target_ess=target_ess,
-        seed=seed,
-        progress=_guarded(progress),
-        options={} if guide is None else {"guide": guide},
+        num_chains=options.num_chains,
+        num_draws=options.num_draws,
+        target_ess=options.target_ess,
+        seed=options.seed,
+        progress=options.reporter(),
+        options={} if options.guide is None else {"guide": options.guide},
         quantities=lambda at, position: quantities(program, at, position),
         sparse=sparse,
         refusal=refusal,
@@ -346,18 +279,20 @@ def _run(
     attrs = {
         **{f"{name}_version": version(package) for name, package in PACKAGES.items()},
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
+        "seed": options.seed,
         "device": str(program.device),
         "engine": engine,
         "model": getattr(model, "__name__", type(model).__name__),
-        "call": _call_text(call, model, program, swept, engine, seed),
+        "call": _call_text(call, model, program, swept, options),
         "swept": json.dumps(list(swept)),
         "density_route": task.density.route if sparse is None else sparse.route,
         "num_latent": program.num_latent,
     }
-    assembly = Assembly(task, swept, attrs, keep, dict(dims or {}), dict(coords or {}))
+    assembly = Assembly(
+        task, swept, attrs, options.keep, dict(options.dims or {}), dict(options.coords or {})
+    )
     if sparse is None:
-        _check_start(task)
+        check_start(task)
     try:
         draws, gaussian = run_engine(engine, task)
     except Interrupted as interruption:
@@ -424,166 +359,15 @@ def _sparse_route(program: LaneProgram, engine: str) -> tuple[SparseDensity | No
     return build_sparse_density(program)
 
 
-def check_options(engine: str, num_chains: int, num_draws: int, target_ess: float, guide: str | None) -> None:
-    if engine not in ENGINES:
-        raise NameLookupError(
-            "engine",
-            found=repr(engine),
-            expected=f"one of {', '.join(ENGINES)}",
-            fix="Leave it at 'auto' unless you want one engine for every strength.",
-        )
-    for name, value, least in (("num_chains", num_chains, 1), ("num_draws", num_draws, 4)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise OptionError(
-                name, found=repr(value), expected=f"a whole number of at least {least}", fix="Raise it."
-            )
-    if not (isinstance(target_ess, int | float) and 0 < target_ess < math.inf):
-        raise OptionError(
-            "target_ess", found=repr(target_ess), expected="a positive number", fix="400 is usual."
-        )
-    if guide is not None and (
-        engine not in ("svi", "pyro_svi") or (isinstance(guide, str) and guide not in GUIDES)
-    ):
-        raise OptionError(
-            "guide",
-            found=f"{guide!r} with engine '{engine}'",
-            expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
-            fix="Name the engine too: engine='svi'.",
-        )
-
-
-def _check_executor(executor: Executor) -> None:
-    if isinstance(executor, ThreadPoolExecutor) and executor._max_workers > 1:
-        raise OptionError(
-            "executor",
-            found=f"a ThreadPoolExecutor of {executor._max_workers} workers",
-            expected="processes, or one thread: threads share Pyro's handlers",
-            fix="Use a ProcessPoolExecutor that spawns, or Dask's client.get_executor().",
-        )
-    context = getattr(executor, "_mp_context", None)
-    if context is not None and context.get_start_method() == "fork":
-        raise OptionError(
-            "executor",
-            found="a process pool that forks",
-            expected="one that spawns: torch's threads hang in a forked process",
-            fix="ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')), in a file whose main "
-            "part stands under if __name__ == '__main__'.",
-        )
-
-
-def _check_clash(kwargs: Mapping[str, Any], swept: Mapping[str, Any]) -> None:
-    clash = [name for name in kwargs if name in swept]
-    if clash:
-        raise KeywordError(
-            f"keyword '{clash[0]}'",
-            found="a value for a keyword that is swept as well",
-            expected="one or the other",
-            fix="Drop it from the call, or from over=.",
-        )
-
-
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise OptionError(
-            "seed",
-            found=repr(seed),
-            expected="a whole number from 0 to 2^63 - 1",
-            fix="Any will do: the same seed gives the same draws.",
-        )
-
-
-def _check_place(out: str | os.PathLike[str]) -> None:
-    """Refuse a place that cannot be written before anything is computed."""
-    try:
-        path = Path(out)
-    except TypeError as error:
-        raise OptionError(
-            "out", found=repr(out)[:80], expected="a path", fix="Name a file, results.nc, or leave it out."
-        ) from error
-    if path.suffix.lower() not in RESULT_SUFFIXES:
-        raise OutputError(
-            str(path),
-            found=f"the suffix {path.suffix!r}",
-            expected=f"one of {', '.join(RESULT_SUFFIXES)}",
-            fix="Name the file results.nc (one file) or results.zarr (a folder).",
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            expected="a place that can be written",
-            fix="Check that the folder exists, that you may write there and that the disk has room.",
-        ) from error
-
-
-RESULT_SUFFIXES = (".nc", ".nc4", ".netcdf", ".zarr")
-
-
-def _guarded(progress: Progress | None) -> Progress:
-    """The callback, its failures named as its own."""
-    if progress is None:
-        return lambda event: None
-    if not callable(progress):
-        raise OptionError(
-            "progress",
-            found=repr(progress)[:80],
-            expected="a callable of one dict",
-            fix="Leave it out, or pass a function.",
-        )
-
-    def report(event: dict[str, Any]) -> None:
-        try:
-            progress(event)
-        except Exception as error:
-            raise OptionError(
-                "progress",
-                found=f"a callback that raised {type(error).__name__}: {error}",
-                expected="one that takes a dict and returns",
-                fix="Mend it, or leave it out; Ctrl-C stops a sweep and keeps what is finished.",
-            ) from error
-
-    return report
-
-
-def _check_start(task: Task) -> None:
-    """Refuse a model whose log joint is finite nowhere near the origin, and name the site."""
-    program, points = task.program, task.points
-    start = 1e-3 * task.normals((len(points), 1, program.num_latent), 104)
-    dead = ~torch.isfinite(task.density.value(points, start)).squeeze(1)
-    if not bool(dead.any()):
-        return
-    points = points[dead]
-    start = 1.5 * task.normals((len(points), 64, program.num_latent), 105)
-    dead = ~torch.isfinite(task.density.value(points, start)).any(1)
-    if not bool(dead.any()):
-        return
-    point = int(points[dead][0])
-    with torch.no_grad(), program.quiet():
-        lane = program.run_lane(start[dead][0, 0], program.point(point))
-    sums = {name: float(x.sum()) for name, x in lane.log_densities.items()}
-    wrong = {name: x for name, x in sums.items() if not math.isfinite(x)} or {"the log joint": math.nan}
-    name, value = next(iter(wrong.items()))
-    at = ", ".join(f"{k}={float(v[point]):g}" for k, v in program.swept.items())
-    raise InferenceError(
-        f"site '{name}'" + (f" at {at}" if at else ""),
-        found=f"log density {value:g} at every one of 64 starting positions",
-        expected="a finite log density somewhere",
-        fix="Check that the data can occur under the model, and the model's arithmetic (log of 0, 0 / 0).",
-    )
-
-
 def _call_text(
-    call: str, model: Any, program: LaneProgram, swept: dict[str, np.ndarray], engine: str, seed: int
+    call: str, model: Any, program: LaneProgram, swept: dict[str, np.ndarray], options: Options
 ) -> str:
     parts = [getattr(model, "__name__", type(model).__name__), *program.argument_names]
     parts += [f"{name}={_short(value)}" for name, value in program.kwargs.items()]
     if swept:
         over = ", ".join(f"'{n}': [{', '.join(f'{x:.4g}' for x in v)}]" for n, v in swept.items())
         parts.append(f"over={{{over}}}")
-    return f"{call}({', '.join([*parts, f'engine={engine!r}', f'seed={seed}'])})"
+    return f"{call}({', '.join([*parts, f'engine={options.engine!r}', f'seed={options.seed}'])})"
 
 
 def _short(value: Any) -> str:
