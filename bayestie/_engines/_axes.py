@@ -7,28 +7,25 @@ importance proposal: the weights see what it misses. The axes are the density's 
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from bayestie._engines._by_points import ByPoints
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
-from bayestie._workers import run_all
 
 # Where a profile is evaluated, in Laplace standard deviations, on either side.
 _SIDE = (0.4, 0.8, 1.3, 1.9, 2.6, 3.5, 4.7, 6.5, 9.0, 13.0, 20.0, 32.0, 50.0)
 _CELLS = 12  # cells of the interpolation between two nodes
-_TOGETHER = 1 << 18  # numbers proposed at once
 _DROP = 60.0  # a log density this far below the mode is nothing
 
 
 @dataclass
-class AxisProposal:
-    """Independent piecewise log-linear densities along the columns of ``factor``.
+class AxisProposal(ByPoints):
+    """Independent piecewise log-linear densities along the columns of ``factor``, -inf outside the cells.
 
     Shapes: mode (P, D), factor (P, D, D), log_det (P,), edges (F + 1,) of the cells, log_height (P, D, F + 1)
     normalised, cumulative (P, D, F + 1).
@@ -48,15 +45,6 @@ class AxisProposal:
     def take(self, index: Tensor) -> "AxisProposal":
         names = ("mode", "factor", "log_det", "log_height", "cumulative")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
-
-    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
-        position, log_density = by_points(self, "_propose", noise)
-        return position, log_density
-
-    def log_density(self, position: Tensor) -> Tensor:
-        """Log density at positions (P, batch, D); -inf outside the cells."""
-        return by_points(self, "_log_density", position)[0]
 
     def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         t, log_density = self.along_axes(torch.special.ndtr(noise).mT)
@@ -79,22 +67,14 @@ class AxisProposal:
         inside = inside.clamp(0.0, 1.0)
         return left + (right - left) * inside, low + slope * inside
 
-    def _log_density(self, position: Tensor) -> tuple[Tensor]:
+    def _log_density(self, position: Tensor) -> Tensor:
         t = torch.linalg.solve(self.factor, (position - self.mode.unsqueeze(1)).mT)  # (P, D, batch)
         cell = torch.searchsorted(self.edges, t.contiguous(), right=True).clamp(1, len(self.edges) - 1) - 1
         low, high = self.log_height.gather(-1, cell), self.log_height.gather(-1, cell + 1)
         share = (t - self.edges[cell]) / (self.edges[cell + 1] - self.edges[cell])
         inside = ((share >= 0) & (share <= 1)).all(1)
         total = (low + share * (high - low)).sum(1) - self.log_det.unsqueeze(1)
-        return (torch.where(inside, total, -torch.inf),)
-
-
-def by_points(proposal: Any, method: str, argument: Tensor) -> tuple[Tensor, ...]:
-    """``proposal.method(argument)``, a few points at a time: its temporaries are many times the draws."""
-    together = max(1, _TOGETHER // max(1, argument[0].numel()))
-    parts = torch.arange(len(argument), device=argument.device).split(together)
-    jobs = [partial(getattr(proposal.take(rows), method), argument[rows]) for rows in parts]
-    return tuple(torch.cat(x) for x in zip(*run_all(jobs), strict=True))
+        return torch.where(inside, total, -torch.inf)
 
 
 def axis_proposal(task: Task, fit: LaplaceFit) -> AxisProposal:

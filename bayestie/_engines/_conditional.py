@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bayestie._affine import AffineDensity
-from bayestie._engines._axes import AxisProposal, by_points, fine_edges, piecewise
+from bayestie._engines._axes import AxisProposal, fine_edges, piecewise
+from bayestie._engines._by_points import ByPoints
 from bayestie._engines._protocol import Task
 
 _GRID = 41  # values of h tried at once while its mode is looked for
@@ -24,7 +25,7 @@ _WIDEST = 8.0  # how far from the joint mode that of the marginal may be
 
 
 @dataclass
-class ConditionalProposal:
+class ConditionalProposal(ByPoints):
     """h from its marginal, the others from their Gaussian given h.
 
     Shapes: centre (P, D - 1), to_latent and to_noise (P, D - 1, D - 1) inverse to one another, log_det (P,)
@@ -50,15 +51,6 @@ class ConditionalProposal:
         kept = (getattr(self, name)[index] for name in names)
         return ConditionalProposal(self.column, self.rate, self.hyper.take(index), *kept)
 
-    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
-        position, log_density = by_points(self, "_propose", noise)
-        return position, log_density
-
-    def log_density(self, position: Tensor) -> Tensor:
-        """Log density at positions (P, batch, D)."""
-        return by_points(self, "_log_density", position)[0]
-
     def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         here, others = noise[..., :1], noise[..., 1:]
         h, log_density = self.hyper.propose(here)
@@ -67,12 +59,12 @@ class ConditionalProposal:
         j = self.column
         return torch.cat([x[..., :j], h, x[..., j:]], -1), log_density + self._given_noise(others, sd)
 
-    def _log_density(self, position: Tensor) -> tuple[Tensor]:
+    def _log_density(self, position: Tensor) -> Tensor:
         j = self.column
         h, x = position[..., j : j + 1], torch.cat([position[..., :j], position[..., j + 1 :]], -1)
         mean, sd = self._moments(h)
         noise = (torch.bmm(x - self.centre.unsqueeze(1), self.to_noise.mT) - mean) / sd
-        return (self.hyper.log_density(h) + self._given_noise(noise, sd),)
+        return self.hyper.log_density(h) + self._given_noise(noise, sd)
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Means and sds of the coordinates given h (P, batch, 1), (P, batch, D - 1)."""
