@@ -17,9 +17,10 @@ from torch import Tensor
 
 from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes, triangular_axes
 from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
+from bayestie._lane import LaneInputs
 from bayestie._latent_scale import LatentScale, ScaleSite, find_scale_site, latent_scale, value_and_slope
 from bayestie._linear_map import LinearMap
-from bayestie._program import LaneInputs, LaneProgram
+from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
 from bayestie._workers import in_worker, run_all, scratch
 

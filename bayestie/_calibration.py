@@ -13,7 +13,8 @@ from torch import Tensor
 from bayestie._collect import collect, tie_uses
 from bayestie._errors import OptionError
 from bayestie._points import Work, read_over, refuse_options
-from bayestie._program import LaneProgram, resolve_device
+from bayestie._program import LaneProgram
+from bayestie._run_context import resolve_device
 from bayestie._simulate import simulate_data
 
 # A bin of the chi-square test expects at least this many ranks.

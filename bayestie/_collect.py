@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayestie._program import LaneInputs, LaneProgram, base_distribution, seeded
+from bayestie._lane import LaneInputs
+from bayestie._messages import base_distribution
+from bayestie._program import LaneProgram
+from bayestie._run_context import seeded
 
 PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
 # Numbers of one lane batch: large enough to pay for a run of the model, small enough to stay near the cores.

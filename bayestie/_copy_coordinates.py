@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayestie._families import NotAffine, predictors_of
-from bayestie._program import LaneInputs, LaneProgram, Site, base_distribution
+from bayestie._lane import LaneInputs, Site
+from bayestie._messages import base_distribution
+from bayestie._program import LaneProgram
 from bayestie._tie_arguments import align
 from bayestie._tie_priors import TiePrior
 from bayestie._ties import Tie

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bayestie._program import LaneInputs, LaneProgram
+from bayestie._lane import LaneInputs
+from bayestie._program import LaneProgram
 
 # Lanes evaluated at once are bounded so that intermediate tensors stay within this many numbers.
 MAX_ELEMENTS = 16_000_000

@@ -11,7 +11,9 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import ExpTransform, biject_to, constraints
 
-from bayestie._program import LaneInputs, LaneProgram, base_distribution
+from bayestie._lane import LaneInputs
+from bayestie._messages import base_distribution
+from bayestie._program import LaneProgram
 
 
 def _constraints(base: Any) -> dict[str, Any] | None:

@@ -11,16 +11,12 @@ import torch
 import xarray as xr
 
 from bayestie._errors import NameLookupError, OptionError
+from bayestie._lane import LaneInputs
+from bayestie._model_arguments import argument_names, check_keywords
 from bayestie._points import Grid, labelled, read_over
-from bayestie._program import (
-    LaneInputs,
-    LaneProgram,
-    argument_names,
-    check_keywords,
-    resolve_device,
-    to_tensors,
-)
+from bayestie._program import LaneProgram
 from bayestie._results import build_tree, swept_names
+from bayestie._run_context import resolve_device, to_tensors
 from bayestie._simulate import Simulated, Simulator, refuse_factors
 
 

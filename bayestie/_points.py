@@ -16,7 +16,8 @@ from bayestie._collect import TieUse, quantities, tie_uses
 from bayestie._density import ProgramDensity
 from bayestie._engines import Draws, Task
 from bayestie._errors import KeywordError, NameLookupError, OptionError
-from bayestie._program import LaneProgram, argument_names
+from bayestie._model_arguments import argument_names
+from bayestie._program import LaneProgram
 from bayestie._sweep import run_engine
 from bayestie._sweep_options import check_clash, check_options, checked_over
 

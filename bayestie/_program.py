@@ -1,490 +1,30 @@
 """Pyro model -> lane program: one pure function of a flat unconstrained vector, batched over lanes."""
 
 import contextlib
-import inspect
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pyro
-import pyro.distributions as dist
-import pyro.ops.einsum.torch_log as torch_log
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
 
-from bayestie._errors import (
-    BayestieError,
-    DataError,
-    DeviceError,
-    DiscreteLatentError,
-    DuplicateSiteError,
-    KeywordError,
-    ModelError,
-    NoLatentError,
-    ShapeError,
-)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One latent, observed or deterministic statement of the model, as the validated run saw it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dims: tuple[str | None, ...]  # plate name of each axis; None where no plate claims it
-    is_discrete: bool
-    infer: Mapping[str, Any]
-    unconstrained_shape: tuple[int, ...] = ()
-    start: int = 0  # where the site begins in the flat unconstrained vector
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.unconstrained_shape)
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.start + self.size)
-
-
-@dataclass(frozen=True)
-class LaneInputs:
-    """What may differ from lane to lane beside the position; every tensor leads with the lane axis."""
-
-    swept: Mapping[str, Tensor] = field(default_factory=dict)
-    weights: Mapping[str, Tensor] = field(default_factory=dict)  # observed site -> weight per observation
-    data: Mapping[str, Tensor] = field(default_factory=dict)  # model argument -> its value
-
-    def take(self, index: Tensor) -> "LaneInputs":
-        """The inputs of the lanes in ``index``, repeated or reordered as it says."""
-        return LaneInputs(*({name: x[index] for name, x in part.items()} for part in self._parts()))
-
-    def _parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
-        return self.swept, self.weights, self.data
-
-    def flat(self) -> list[Tensor]:
-        return [x for part in self._parts() for x in part.values()]
-
-    def unflatten(self, tensors: Sequence[Tensor]) -> "LaneInputs":
-        rest = iter(tensors)
-        return LaneInputs(*({name: next(rest) for name in part} for part in self._parts()))
-
-    def key(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(part) for part in self._parts())
-
-
-@contextlib.contextmanager
-def model_defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Run a model under ``dtype`` and ``device`` defaults, and restore what was there."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device) if device.type != "cpu" else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random numbers from ``seed`` on, and afterwards the caller's state as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed would seed every accelerator of the process, borrowed or not.
-        torch.default_generator.manual_seed(seed)
-        for one in devices:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for (None is the CPU), or a named error if it is not there.
-
-    Raises:
-        DeviceError: the device is unknown, or CUDA was asked for and is absent.
-    """
-    try:
-        resolved = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise DeviceError(
-            "device",
-            found=repr(device),
-            expected="'cpu', 'cuda' or 'cuda:0'",
-            fix="Name a device torch knows.",
-        ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            "device",
-            found="'cuda' asked for, and torch sees no CUDA device",
-            expected="an NVIDIA GPU with a working driver and a CUDA build of torch",
-            fix="Use device='cpu', or check torch.cuda.is_available() on this machine.",
-        )
-    return resolved
-
-
-def to_tensors(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Arrays to tensors, floats to ``dtype``, everything to ``device``; other leaves stay as they are."""
-
-    def leaf(x: Any) -> Any:
-        if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf":
-            # A copy, as torch takes neither negative strides nor read-only memory; 0-d arrays stay 0-d.
-            x = torch.as_tensor(np.array(x, order="C"))
-        if isinstance(x, Tensor):
-            x = x.detach().to(device)
-            return x.to(dtype) if x.is_floating_point() else x
-        return x
-
-    return tree_map(leaf, value)
-
-
-def _vmappable_safe_log(x: Tensor) -> Tensor:
-    # pyro.ops.special.safe_log is an old-style autograd.Function, which functorch refuses.
-    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
-
-
-def _cholesky_or_nan(input: Tensor, *, upper: bool = False) -> Tensor:
-    # One lane's matrix that is not positive definite must not raise for the others.
-    factor, info = torch.linalg.cholesky_ex(input, upper=upper)
-    return torch.where(info[..., None, None] == 0, factor, factor.new_full((), float("nan")))
-
-
-def _ordered_logistic(
-    self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None
-) -> None:
-    # Pyro's constructor writes into a fresh tensor, which vmap refuses; the same numbers without writing.
-    q = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
-    self.predictor, self.cutpoints = predictor.expand(q.shape[:-1]), cutpoints.expand(q.shape)
-    p = torch.cat([q[..., :1], q[..., 1:] - q[..., :-1], 1.0 - q[..., -1:]], -1)
-    dist.Categorical.__init__(self, p, validate_args=validate_args)
-
-
-class _Enumerate(EnumMessenger):
-    """poutine.enum where vmap refuses ``value.data``: only the shape is wanted, which the value has."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if value is not None:
-            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
-        try:
-            super()._pyro_post_sample(msg)
-        finally:
-            msg["value"] = value
-
-
-def _is_subsample(msg: Any) -> bool:
-    return isinstance(msg["fn"], _Subsample)
-
-
-def _is_enumerated(msg: Any) -> bool:
-    return msg["infer"].get("enumerate") is not None
-
-
-def _is_deterministic(msg: Any) -> bool:
-    """pyro.deterministic, or the same thing as a pyro.infer.reparam leaves it behind."""
-    fn = msg["fn"]
-    left = msg["is_observed"] and getattr(fn, "_mask", None) is False and isinstance(fn.base_dist, dist.Delta)
-    return bool(msg["infer"].get("_deterministic")) or left
-
-
-def base_distribution(fn: Any) -> Any:
-    """The distribution under Independent, Expanded and Masked wrappers."""
-    while True:
-        inner = getattr(fn, "base_dist", None)
-        if inner is None or isinstance(fn, dist.TransformedDistribution):
-            return fn
-        fn = inner
-
-
-def _elementwise_family(fn: Any) -> type | None:
-    """The class of a univariate likelihood that its constructor's tensors rebuild, else None."""
-    base = base_distribution(fn)
-    constraint = getattr(type(base), "arg_constraints", None)
-    if base.event_shape or not isinstance(constraint, dict):
-        return None
-    return type(base) if any(name in base.__dict__ for name in constraint) else None
-
-
-class _Enough(Exception):
-    """Every site asked for has been seen: the rest of the model need not run."""
-
-
-class _Lane(Messenger):
-    """Gives latent sites their value from a flat vector and adds up the log joint density.
-
-    Entered first, so that plates, scales and masks of the model have acted on a message before it is
-    seen here.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, Site],
-        position: Tensor,
-        weights: Mapping[str, Tensor],
-        without: Set[str] = frozenset(),
-        on_observed: Callable[[Any], None] | None = None,
-        fills: Mapping[str, Tensor] | None = None,
-        imputed: Mapping[str, str] | None = None,
-        until: Set[str] | None = None,
-    ):
-        super().__init__()
-        self.sites, self.position, self.weights = sites, position, weights
-        self.until = until
-        self.without, self.on_observed = without, on_observed
-        self.fills, self.imputed = fills or {}, imputed or {}
-        self.log_jacobian = position.new_zeros(())
-        self.log_densities: dict[str, Tensor] = {}  # site -> elementwise, scaled and masked
-        self.messages: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            _cast_outcomes(msg)
-        if msg["is_observed"] or msg["done"] or _is_subsample(msg):
-            return
-        if _is_enumerated(msg):
-            # Summed out by poutine.enum where the density is asked for; any category does elsewhere.
-            msg["value"], msg["done"] = msg["fn"].enumerate_support(expand=True)[0], True
-            return
-        site = self.sites[msg["name"]]
-        x = self.position[site.slice].reshape(site.unconstrained_shape)
-        # The transform is rebuilt from the site's own support, so a support that depends on other
-        # sites or on a swept keyword is right in every lane.
-        transform = biject_to(msg["fn"].support)
-        msg["value"] = transform(x)
-        msg["done"] = True
-        self.log_jacobian = self.log_jacobian + transform.log_abs_det_jacobian(x, msg["value"]).sum()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_subsample(msg):
-            return
-        name = msg["name"]
-        msg = self.mended(msg)
-        self.messages[name] = msg
-        self._score(name, msg)
-        if self.until is not None and self.until <= self.messages.keys():
-            raise _Enough
-
-    def _score(self, name: str, msg: Any) -> None:
-        if _is_deterministic(msg):
-            return
-        if self.on_observed is not None and name not in self.sites and not isinstance(msg["fn"], dist.Unit):
-            self.on_observed(msg)
-        if name in self.without:
-            return
-        weight = self.weights.get(name)
-        if weight is not None:
-            msg["scale"] = msg["scale"] * weight
-        log_density = msg["fn"].log_prob(msg["value"])
-        self.log_densities[name] = scale_and_mask(log_density, msg["scale"], msg["mask"])
-
-    def mended(self, msg: Any) -> Any:
-        """The message as it is scored, where masks need care; the model itself sees no difference.
-
-        An observation that is masked out may be NaN: its density is dropped, but its gradient would
-        stay NaN, so it is scored at a value that the site did observe. A latent that obs_mask= made for
-        an observation that is there enters nothing else; scored by its prior, it integrates to one,
-        where without a density it would be a flat direction.
-        """
-        name = msg["name"]
-        if name in self.fills:
-            return {**msg, "value": _filled(msg, self.fills[name])}
-        if name in self.imputed:
-            return {**msg, "mask": msg["mask"] | self.messages[self.imputed[name]]["mask"]}
-        return msg
-
-    def log_joint(self) -> Tensor:
-        total = self.log_jacobian
-        for log_density in self.log_densities.values():
-            total = total + log_density.sum()
-        return total
-
-
-class _FirstRun(Messenger):
-    """The validated run: draws every latent, records every site, names the site an error is about."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: dict[str, Any] = {}
-        self.fills: dict[str, Tensor] = {}  # observed site with masked rows -> a value it did observe
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if _is_subsample(msg):
-            if msg["fn"].subsample_size is not None and msg["fn"].subsample_size < msg["fn"].size:
-                raise ModelError(
-                    f"plate '{msg['name']}'",
-                    found=f"a subsample of {msg['fn'].subsample_size} of {msg['fn'].size} rows",
-                    expected="all rows",
-                    fix="Drop subsample_size; minibatches are an option of engine='pyro_svi'.",
-                )
-            return
-        if msg["name"] in self.messages:
-            raise DuplicateSiteError(
-                f"site '{msg['name']}'",
-                found="a second statement of that name",
-                expected="one statement per name",
-                fix="Rename one, or index it in a loop: pyro.sample(f'x_{i}', ...).",
-            )
-        if msg["is_observed"]:
-            _cast_outcomes(msg)
-        if msg["is_observed"] or msg["value"] is not None:
-            return
-        discrete = msg["fn"].has_enumerate_support or msg["fn"].support.is_discrete
-        if discrete and not _is_enumerated(msg):
-            raise DiscreteLatentError(
-                f"site '{msg['name']}'",
-                found=f"a discrete latent, {type(base_distribution(msg['fn'])).__name__}",
-                expected="continuous latents, or discrete ones marked for enumeration",
-                fix="Mark it with infer={'enumerate': 'parallel'}, sum it out by hand, or observe it.",
-            )
-        if not discrete:
-            try:
-                transform = biject_to(msg["fn"].support)
-                # Shapes, not a sample: flat priors (ImproperUniform) have none.
-                x = 0.2 * torch.randn(transform.inverse_shape(msg["fn"].shape()))
-                msg["value"] = transform(x)
-                msg["done"] = True
-            except NotImplementedError as error:
-                raise ModelError(
-                    f"site '{msg['name']}'",
-                    found=f"a {type(msg['fn']).__name__} without a map from the real line to its support",
-                    expected="a support registered with torch.distributions.biject_to",
-                    fix="Sample a standard normal and transform it with pyro.deterministic.",
-                ) from error
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_subsample(msg):
-            return
-        self.messages[msg["name"]] = msg
-        if msg["is_observed"] and not _is_deterministic(msg):
-            if not isinstance(msg["value"], Tensor):
-                raise DataError(
-                    f"observed site '{msg['name']}'",
-                    found=f"a {type(msg['value']).__name__}",
-                    expected="a tensor",
-                    fix="Pass torch.as_tensor(...) of it; of a pandas column, of its .to_numpy().",
-                )
-            fill = _observed_value(msg)
-            if fill is not None:
-                self.fills[msg["name"]] = fill
-            _check_observed(msg, msg["value"] if fill is None else _filled(msg, fill))
-
-
-def _cast_outcomes(msg: Any) -> None:
-    """Zeros and ones given as integers or booleans: torch scores a Bernoulli by logits for floats alone."""
-    value = msg["value"]
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        base = base_distribution(msg["fn"])
-        if isinstance(base, torch.distributions.Bernoulli):
-            msg["value"] = value.to((base.logits if "logits" in base.__dict__ else base.probs).dtype)
-
-
-def _observed_value(msg: Any) -> Tensor | None:
-    """A value of an observed site that its mask keeps, if it drops others."""
-    value, mask = msg["value"], msg["mask"]
-    if not isinstance(mask, Tensor) or bool(mask.all()) or not bool(mask.any()):
-        return None
-    batch = value.shape[: value.dim() - msg["fn"].event_dim]
-    shape = torch.broadcast_shapes(batch, mask.shape)
-    first = torch.nonzero(mask.expand(shape).reshape(-1))[0]
-    rows = value.expand(shape + value.shape[len(batch) :]).flatten(0, max(len(shape) - 1, 0))
-    return rows[first].squeeze(0)
-
-
-def _filled(msg: Any, fill: Tensor) -> Tensor:
-    mask = msg["mask"]
-    return torch.where(mask.reshape(mask.shape + (1,) * msg["fn"].event_dim), msg["value"], fill)
-
-
-def _check_observed(msg: Any, scored: Tensor) -> None:
-    value, mask = msg["value"], msg["mask"]
-    kept = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else torch.as_tensor(mask)
-    event_dim = msg["fn"].event_dim
-    bad = ~torch.isfinite(value.to(torch.get_default_dtype()))
-    bad = bad.flatten(bad.dim() - event_dim).any(-1) if event_dim else bad
-    bad = bad & kept
-    if bad.any():
-        first = tuple(torch.nonzero(bad)[0].tolist()) if bad.dim() else ()
-        raise DataError(
-            f"observed site '{msg['name']}'",
-            found=f"{int(bad.sum())} NaN or infinite of {bad.numel()} values, the first at index {first}",
-            expected="finite observations",
-            fix="Drop those rows, or mask them with pyro.poutine.mask or obs_mask=.",
-        )
-    try:
-        log_density = msg["fn"].log_prob(scored)
-    except ValueError as error:
-        if "broadcastable" in str(error):
-            shape = tuple(msg["fn"].shape())
-            raise ShapeError(
-                f"observed site '{msg['name']}'",
-                found=f"data of shape {tuple(value.shape)} for a likelihood of shape {shape}",
-                expected="one shape",
-                fix="Check the data, and the number of copies of any tie they depend on.",
-            ) from error
-        outside = "support" in str(error)
-        raise (DataError if outside else ModelError)(
-            f"observed site '{msg['name']}'",
-            found=str(error).split("\n")[0][:300],
-            expected=f"values in the support of {type(base_distribution(msg['fn'])).__name__}",
-            fix="Check the data's coding, and the likelihood's family and parameters.",
-        ) from error
-    batch = torch.Size(log_density.shape)
-    weight = torch.ones(batch)
-    for frame in msg["cond_indep_stack"]:
-        if frame.vectorized and len(batch) >= -frame.dim:
-            weight = weight.narrow(frame.dim, 0, 1)
-    if weight.numel() > 1:
-        raise ModelError(
-            f"observed site '{msg['name']}'",
-            found=f"batch shape {tuple(batch)} with axes that no plate declares",
-            expected="a pyro.plate for every batch axis (or .to_event)",
-            fix=f"Wrap the statement in `with pyro.plate('row', {batch[-1]}):`, "
-            "or check for an unwanted broadcast.",
-        )
-
-
-def plate_dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
-    dims: list[str | None] = [None] * len(shape)
-    event_dim = getattr(msg["fn"], "event_dim", 0)
-    for frame in msg["cond_indep_stack"]:
-        position = len(shape) - event_dim + frame.dim if frame.vectorized else -1
-        if position >= 0 and shape[position] == frame.size:
-            dims[position] = frame.name
-    return tuple(dims)
-
+from bayestie._errors import BayestieError, KeywordError, NoLatentError
+from bayestie._first_run import FirstRun, explained
+from bayestie._lane import Enough, Lane, LaneInputs, Site
+from bayestie._messages import elementwise_family, is_deterministic, is_enumerated, plate_dims
+from bayestie._model_arguments import argument_names, check_keywords
+from bayestie._run_context import model_defaults, seeded, to_tensors
+from bayestie._vmap_mends import Enumerate, mended, mended_enumeration
 
 # Tracing a graph costs about as much as this many eager evaluations.
 TRACE_AFTER = 25
-
-RESERVED = (
-    "over",
-    "engine",
-    "seed",
-    "num_chains",
-    "num_draws",
-    "target_ess",
-    "device",
-    "dims",
-    "coords",
-    "keep",
-    "guide",
-    "progress",
-    "out",
-)
 
 
 class LaneProgram:
@@ -564,14 +104,15 @@ class LaneProgram:
             for point in chosen:
                 inputs = self.point(point)
                 args, kwargs = self._arguments(inputs)
-                first = _FirstRun()
+                first = FirstRun()
                 try:
                     with first:
                         self.model(*args, **kwargs)
                 except BayestieError:
                     raise
                 except Exception as error:
-                    raise self._explain(error, first, inputs) from error
+                    arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
+                    raise explained(error, first, self.model, arguments, inputs.swept) from error
                 if point == 0:
                     self._read_sites(first.messages)
                     self.fills = first.fills
@@ -581,60 +122,6 @@ class LaneProgram:
         # pyro.param statements keep the values they have now: constants of the density.
         self.params = to_tensors(self.params, self.dtype, self.device)
 
-    def _explain(self, error: Exception, first: _FirstRun, inputs: LaneInputs) -> BayestieError:
-        args, keywords = self._arguments(inputs)
-        arguments = dict(zip(self.argument_names, args, strict=False)) | keywords
-        for name, value in arguments.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-                return DataError(
-                    f"argument '{name}'",
-                    found=f"{int((~torch.isfinite(value)).sum())} NaN or infinite of {value.numel()} values",
-                    expected="finite numbers",
-                    fix=f"Clean or mask them; the model failed with: {str(error).splitlines()[0][:200]}",
-                )
-        last = next(reversed(first.messages), None)
-        where = "before its first site" if last is None else f"after site '{last}'"
-        at = ", ".join(f"{k}={float(v):g}" for k, v in inputs.swept.items())
-        tie = self._tie_mismatch(error, first, {**arguments})
-        if tie is not None:
-            return tie
-        return ModelError(
-            f"model '{getattr(self.model, '__name__', type(self.model).__name__)}'"
-            + (f" at {at}" if at else ""),
-            found=f"{type(error).__name__} {where}: {' '.join(str(error).split())[:300]}",
-            expected="a model that runs on its arguments",
-            fix="Call the model by hand on the same arguments under pyro.enable_validation(True).",
-        )
-
-    @staticmethod
-    def _tie_mismatch(
-        error: Exception, first: _FirstRun, arguments: Mapping[str, Any]
-    ) -> BayestieError | None:
-        """The error, told as a tie whose copies the data do not fit, where it looks like one."""
-        text = str(error).lower()
-        if not any(word in text for word in ("size", "shape", "broadcast", "out of bounds", "out of range")):
-            return None
-        tied = {
-            name: msg["infer"]["bayestie"]["tie"].num_copies
-            for name, msg in first.messages.items()
-            if "bayestie" in msg["infer"]
-        }
-        arrays = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dim()}
-        lengths = {n: tuple(x.shape) for n, x in arrays.items()}
-        whole = [x for x in arrays.values() if not x.is_floating_point()]
-        if not tied or not lengths:
-            return None
-        name, num_copies = next(reversed(tied.items()))
-        top = max((int(x.max()) + 1 for x in whole if x.numel()), default=0)
-        others = f", whose largest index is {top - 1}" if top > num_copies else ""
-        return ShapeError(
-            f"tied site '{name}' in a statement after site '{next(reversed(first.messages))}'",
-            found=f"{num_copies} copies, data of shapes {lengths}{others}, and {type(error).__name__}: "
-            + str(error).strip().splitlines()[0][:200],
-            expected="copies that line up with the data, or an index into them",
-            fix="Give the tie as many copies as there are units, or index them: theta[unit].",
-        )
-
     def _read_sites(self, messages: Mapping[str, Any]) -> None:
         latent, observed, deterministic, enumerated = {}, {}, {}, []
         start = 0
@@ -642,12 +129,12 @@ class LaneProgram:
             value = msg["value"]
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             site = Site(name, shape, plate_dims(msg, shape), False, msg["infer"])
-            if _is_deterministic(msg):
+            if is_deterministic(msg):
                 deterministic[name] = site
             elif msg["is_observed"]:
                 if type(msg["fn"]).__name__ != "Unit":  # pyro.factor: part of the density, not data
                     observed[name] = site
-            elif _is_enumerated(msg):
+            elif is_enumerated(msg):
                 enumerated.append(name)
             else:
                 unconstrained = tuple(biject_to(msg["fn"].support).inv(value).shape)
@@ -677,7 +164,7 @@ class LaneProgram:
             if f"{name}_unobserved" in latent and f"{name}_observed" in observed
         }
         self.num_latent = start
-        self.observed_families = {name: _elementwise_family(messages[name]["fn"]) for name in observed}
+        self.observed_families = {name: elementwise_family(messages[name]["fn"]) for name in observed}
         self.observed_values = {name: messages[name]["value"].detach() for name in observed}
         self.max_plate_nesting = max(
             (-f.dim for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized), default=0
@@ -687,7 +174,7 @@ class LaneProgram:
         }
 
     def _enumerating(self, first_available_dim: int) -> Callable[..., Any]:
-        return _Enumerate(first_available_dim=first_available_dim)(self.model)
+        return Enumerate(first_available_dim=first_available_dim)(self.model)
 
     # -- one lane ------------------------------------------------------------------------------------
 
@@ -699,17 +186,17 @@ class LaneProgram:
         without: Set[str] = frozenset(),
         on_observed: Callable[[Any], None] | None = None,
         until: Set[str] | None = None,
-    ) -> _Lane:
+    ) -> Lane:
         """The model once, at one position; ``inputs`` without a lane axis. Enumerated sites excluded.
 
         The densities of the sites in ``without`` are not taken; ``on_observed`` sees each observed
         message before its density would be. The model is left once the sites in ``until`` are seen.
         """
-        lane = _Lane(
+        lane = Lane(
             self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed, until
         )
         args, kwargs = self._arguments(inputs)
-        with contextlib.suppress(_Enough), lane:
+        with contextlib.suppress(Enough), lane:
             self.model(*args, **kwargs)
         return lane
 
@@ -724,10 +211,10 @@ class LaneProgram:
         """log p(u, y) of one lane, the Jacobian included; a scalar."""
         if not self.enumerated:
             return self.run_lane(position, inputs).log_joint()
-        lane = _Lane(self.latent, position, inputs.weights, fills=self.fills, imputed=self.imputed)
+        lane = Lane(self.latent, position, inputs.weights, fills=self.fills, imputed=self.imputed)
         args, kwargs = self._arguments(inputs)
         model = self._enumerating(-1 - self.max_plate_nesting)
-        with mock.patch.object(torch_log, "safe_log", _vmappable_safe_log), lane:
+        with mended_enumeration(), lane:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             for name in (*self.fills, *self.imputed):
                 trace.nodes[name].update(lane.mended(trace.nodes[name]))
@@ -839,8 +326,7 @@ class LaneProgram:
         with (
             model_defaults(self.dtype, self.device),
             pyro.validation_enabled(False),
-            mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
-            mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
+            mended(),
             pyro.get_param_store().scope(self.params) if self.params["params"] else contextlib.nullcontext(),
         ):
             yield
@@ -863,68 +349,3 @@ def _is_numerical(error: Exception) -> bool:
     return any(
         word in text for word in ("cholesky", "singular", "positive-definite", "not positive", "linalg")
     )
-
-
-def argument_names(model: Callable[..., Any], args: Sequence[Any]) -> list[str]:
-    try:
-        parameters = list(inspect.signature(model).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (names + [f"arg_{i}" for i in range(len(names), len(args))])[: len(args)]
-
-
-def check_keywords(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], swept: Mapping[str, Any]
-) -> None:
-    """Refuse swept keywords that the model lacks, and model keywords that collide with ours.
-
-    Raises:
-        KeywordError: naming the keyword and what the model takes.
-    """
-    try:
-        parameters = inspect.signature(model).parameters
-    except (TypeError, ValueError):
-        return
-    taken = [name for name in parameters if name in RESERVED]
-    if taken:
-        raise KeywordError(
-            f"keyword '{taken[0]}' of the model",
-            found=f"a model argument named like an option of fit and sweep ({', '.join(RESERVED)})",
-            expected="another name",
-            fix=f"Rename the model's '{taken[0]}', or wrap the model in a function that renames it.",
-        )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
-    for name in [*swept, *kwargs]:
-        if name not in names:
-            raise KeywordError(
-                f"keyword '{name}'",
-                found=f"no such argument of model '{getattr(model, '__name__', type(model).__name__)}'",
-                expected=f"one of {names}",
-                fix="Name a keyword of the model, or add it to the model's signature.",
-            )
-    absent = [
-        n
-        for n, p in list(parameters.items())
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    absent = [n for n in absent if n not in argument_names(model, args) and n not in (*swept, *kwargs)]
-    if absent:
-        own = getattr(model, "__name__", type(model).__name__)
-        raise KeywordError(
-            f"argument '{absent[0]}'",
-            found="no value",
-            expected=f"a value for each argument of model '{own}'",
-            fix=f"Pass {absent[0]}=..., or sweep it with over=.",
-        )
-    positional = argument_names(model, args)
-    for name in swept:
-        if name in positional:
-            raise KeywordError(
-                f"keyword '{name}'",
-                found="a swept keyword that is also passed as a positional argument",
-                expected="swept values in over= alone",
-                fix=f"Drop the positional '{name}', or make it keyword-only in the model (after *).",
-            )

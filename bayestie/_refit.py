@@ -13,8 +13,9 @@ from bayestie._leave_out import LeftOut, Scores, leave_out, observation_shapes
 from bayestie._owners import Groups, found_owners, given_owners
 from bayestie._points import Grid, Work, labelled, one_tie, read_over, refuse_options, site_dims
 from bayestie._predict import pointwise, summarise
-from bayestie._program import LaneProgram, resolve_device
+from bayestie._program import LaneProgram
 from bayestie._results import swept_names
+from bayestie._run_context import resolve_device
 
 
 def leave_copy_out(

@@ -14,7 +14,8 @@ from bayestie._draws import effective_size
 from bayestie._engines import Draws
 from bayestie._errors import NameLookupError, OptionError, ShapeError
 from bayestie._points import Grid, Work, labelled, one_tie, read_over, refuse_options, site_dims
-from bayestie._program import LaneProgram, resolve_device, to_tensors
+from bayestie._program import LaneProgram
+from bayestie._run_context import resolve_device, to_tensors
 from bayestie._simulate import simulate_data
 
 

@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from bayestie._density import MAX_ELEMENTS
 from bayestie._errors import BayestieError, ModelError, ShapeError
-from bayestie._program import LaneInputs, LaneProgram, model_defaults, plate_dims, seeded
+from bayestie._lane import LaneInputs
+from bayestie._messages import plate_dims
+from bayestie._program import LaneProgram
+from bayestie._run_context import model_defaults, seeded
 
 
 class Given(Messenger):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayestie._collect import ELEMENTS
 from bayestie._copy_coordinates import CopyProgram, GivenCopies
-from bayestie._program import base_distribution
+from bayestie._messages import base_distribution
 from bayestie._tie_priors import TiePrior, sum_right
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bayestie._copy_coordinates import Block, CopyProgram, NotSparse, Reading, sites_of
 from bayestie._families import Cumulant, Family, link_of
-from bayestie._program import LaneProgram, base_distribution
+from bayestie._messages import base_distribution
+from bayestie._program import LaneProgram
 from bayestie._sparse_factor import NotPositive, choose_pattern, lower_pattern
 from bayestie._sparse_map import NotSparseMap, find_map
 from bayestie._sparse_prior import Level, PriorPart, copies_part, hard_part, is_hard, level_of

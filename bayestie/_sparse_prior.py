@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayestie._components import Complete
 from bayestie._copy_coordinates import NotSparse
-from bayestie._program import base_distribution
+from bayestie._messages import base_distribution
 from bayestie._tie_priors import TiePrior
 
 _DENSE_COMPONENT = 16  # a mean over at most this many copies is written into P

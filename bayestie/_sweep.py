@@ -33,8 +33,9 @@ from bayestie._engines import (
     run_svi,
 )
 from bayestie._errors import InferenceError, OptionError
-from bayestie._program import LaneProgram, resolve_device
+from bayestie._program import LaneProgram
 from bayestie._results import save
+from bayestie._run_context import resolve_device
 from bayestie._shards import run_in_shards
 from bayestie._sparse_density import SparseDensity, build_sparse_density
 from bayestie._sweep_options import (

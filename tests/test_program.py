@@ -15,7 +15,9 @@ from zoo import MASK, ZOO, Case, X, Y, masked_regression, missing_observations, 
 import bayestie as bt
 from bayestie import _program
 from bayestie._errors import BayestieError
-from bayestie._program import LaneInputs, LaneProgram, model_defaults
+from bayestie._lane import LaneInputs
+from bayestie._program import LaneProgram
+from bayestie._run_context import model_defaults
 
 CPU = torch.device("cpu")
 NO_INPUTS = LaneInputs()

@@ -11,7 +11,8 @@ from tie_kinds import TIES, dense_covariance
 
 import bayestie as bt
 from bayestie._errors import ModelError, NameLookupError, OptionError, ShapeError
-from bayestie._program import LaneInputs, LaneProgram
+from bayestie._lane import LaneInputs
+from bayestie._program import LaneProgram
 from bayestie._simulate import Simulator, data_arguments, simulate_data
 
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0])

@@ -30,7 +30,8 @@ from bayestie._engines._importance import ImportancePool, needed_ess
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import chain_verdict, quality
 from bayestie._errors import InferenceError, OptionError
-from bayestie._program import LaneProgram, model_defaults
+from bayestie._program import LaneProgram
+from bayestie._run_context import model_defaults
 
 WARMUP = 500
 NUM_STEPS, LEARNING_RATE, LAST_RATE = 2000, 0.05, 0.01  # the rate falls to a hundredth of its start

@@ -1,0 +1,62 @@
+"""What vmap refuses of torch and Pyro, or raises for all lanes, said otherwise while lanes run."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pyro.distributions as dist
+import pyro.ops.einsum.torch_log as torch_log
+import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+
+
+def _vmappable_safe_log(x: Tensor) -> Tensor:
+    # pyro.ops.special.safe_log is an old-style autograd.Function, which functorch refuses.
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
+def _cholesky_or_nan(input: Tensor, *, upper: bool = False) -> Tensor:
+    # One lane's matrix that is not positive definite must not raise for the others.
+    factor, info = torch.linalg.cholesky_ex(input, upper=upper)
+    return torch.where(info[..., None, None] == 0, factor, factor.new_full((), float("nan")))
+
+
+def _ordered_logistic(
+    self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None
+) -> None:
+    # Pyro's constructor writes into a fresh tensor, which vmap refuses; the same numbers without writing.
+    q = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
+    self.predictor, self.cutpoints = predictor.expand(q.shape[:-1]), cutpoints.expand(q.shape)
+    p = torch.cat([q[..., :1], q[..., 1:] - q[..., :-1], 1.0 - q[..., -1:]], -1)
+    dist.Categorical.__init__(self, p, validate_args=validate_args)
+
+
+class Enumerate(EnumMessenger):
+    """poutine.enum where vmap refuses ``value.data``: only the shape is wanted, which the value has."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
+
+
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+    """Lanes of any model but enumerated ones, which need `mended_enumeration` as well."""
+    with (
+        mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
+        mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
+    ):
+        yield
+
+
+def mended_enumeration() -> contextlib.AbstractContextManager[Any]:
+    """While the categories of enumerated sites are summed out."""
+    return mock.patch.object(torch_log, "safe_log", _vmappable_safe_log)
