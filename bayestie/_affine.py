@@ -5,7 +5,6 @@ a gradient is two matrix products and an elementwise function, and curvature is 
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,60 +14,19 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes, triangular_axes
-from bayestie._families import Family, Natural, NotAffine, find_families, predictors_of
-from bayestie._lane import LaneInputs
-from bayestie._latent_scale import LatentScale, ScaleSite, find_scale_site, latent_scale, value_and_slope
+from bayestie._affine_parts import Part
+from bayestie._density import MAX_ELEMENTS, triangular_axes
+from bayestie._families import Family
+from bayestie._latent_scale import LatentScale, ScaleSite, latent_scale
 from bayestie._linear_map import LinearMap
 from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
 from bayestie._workers import in_worker, run_all, scratch
 
-# An affine map is kept dense; past this many numbers over all points the program route is used.
-MAX_AFFINE = 60_000_000
 # Predictors worked on at once on a CPU: what its cache holds. A GPU takes MAX_ELEMENTS.
 _CACHED_ELEMENTS = 1 << 18
 _NARROWEST = 16  # draws worked on at once, at least
 _REMEMBERED = 3  # sets of points whose maps are kept
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One likelihood site's share of the predictors, at some points."""
-
-    rows: slice
-    family: Family
-    constants: dict[str, Tensor]
-    natural: Natural | None
-    weight: Tensor | None  # of the natural form, (P or 1, M, 1)
-
-    def predictors(self, eta: Tensor) -> list[Tensor]:
-        return list(eta[:, self.rows].split(self.family.size, 1))
-
-    def value_(self, eta: Tensor) -> Tensor:
-        """(P, M, batch) -> (P, batch), without the natural form's linear part; overwrites its rows of eta."""
-        if self.natural is None:
-            return self.family.log_density(self.constants, self.predictors(eta)).sum(1)
-        return -self._total(self.natural.cumulant.value_(eta[:, self.rows]))
-
-    def value_and_slope_(self, eta: Tensor, work: Tensor) -> Tensor:
-        """The same; its rows of eta become the derivative by the predictors, less what is constant of it."""
-        own = eta[:, self.rows]
-        if self.natural is not None:
-            value = self._total(self.natural.cumulant.value_and_slope_(own, work[:, self.rows]))
-            if self.weight is not None:
-                own.mul_(self.weight)
-            return -value
-        with torch.enable_grad():
-            leaf = own.detach().clone().requires_grad_(True)
-            value = self.family.log_density(self.constants, list(leaf.split(self.family.size, 1))).sum(1)
-            own.copy_(torch.autograd.grad(value.sum(), leaf)[0])
-        return value.detach()
-
-    def _total(self, size: Tensor) -> Tensor:
-        if self.weight is None:
-            return size.sum(1)
-        return torch.matmul(self.weight.mT, size).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +35,7 @@ class _Selection:
 
     points: Tensor
     map: LinearMap
-    parts: list[_Part]
+    parts: list[Part]
     linear: Tensor  # (P, D): of the natural forms, target A
     pull: Tensor  # (P, D): the constant part of their gradient, (target - limit weight) A
     constant: Tensor  # (P,)
@@ -164,7 +122,7 @@ class AffineDensity:
         self.families = [self.families[i] for i in kept]
         self.naturals = [self.naturals[i] for i in kept]
 
-    def _parts(self, points: Tensor) -> list[_Part]:
+    def _parts(self, points: Tensor) -> list[Part]:
         parts, start = [], 0
         for family, natural in zip(self.families, self.naturals, strict=True):
             stop = start + family.size * len(family.names)
@@ -172,7 +130,7 @@ class AffineDensity:
             if natural is not None and natural.weight is not None:
                 weight = natural.weight if len(natural.weight) == 1 else natural.weight[points]
                 weight = weight.unsqueeze(-1)
-            parts.append(_Part(slice(start, stop), family, family.select(points), natural, weight))
+            parts.append(Part(slice(start, stop), family, family.select(points), natural, weight))
             start = stop
         return parts
 
@@ -307,32 +265,8 @@ class AffineDensity:
         with self.program.quiet():
             eta = torch.baddbmm(self.offset[points].unsqueeze(-1), matrix, position.unsqueeze(-1))
             for part in self._parts(points):
-                own = matrix[:, part.rows]
-                if part.natural is not None:
-                    weight = part.natural.cumulant.curvature(eta[:, part.rows])
-                    weight = weight if part.weight is None else weight * part.weight
-                    hessian -= torch.bmm((own * weight).mT, own)
-                else:
-                    hessian += self._general_hessian(part, own, eta)
+                hessian += part.hessian(matrix[:, part.rows], eta)
         return hessian
-
-    @staticmethod
-    def _general_hessian(part: _Part, matrix: Tensor, eta: Tensor) -> Tensor:
-        total: Any = 0.0
-        blocks = matrix.split(part.family.size, 1)
-        with torch.enable_grad():
-            predictors = [x.detach().requires_grad_(True) for x in part.predictors(eta)]
-            summed = part.family.log_density(part.constants, predictors).sum()
-            first = torch.autograd.grad(summed, predictors, create_graph=True)
-            for left, slope in zip(blocks, first, strict=True):
-                # Elementwise density: the gradient of the summed slope is one row of every observation's
-                # own block of second derivatives.
-                second = torch.autograd.grad(
-                    slope.sum(), predictors, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                for right, weight in zip(blocks, second, strict=True):
-                    total = total + torch.bmm((left * weight.detach()).mT, right)
-        return total
 
     def axes(self, points: Tensor, factor: Tensor) -> Tensor:
         """Triangular axes where each moves few predictors, else axes by pivoted QR of the predictors.
@@ -366,33 +300,9 @@ class AffineDensity:
         out = self._rest_profile(points, mode, factor, nodes)
         with torch.no_grad(), self.program.quiet():
             for part in self._parts(points):
-                self._profile_of(part, points, centre[:, part.rows], moved[:, part.rows], nodes, out)
+                rows = part.rows
+                part.add_profile(points, centre[:, rows], moved[:, rows], nodes, self.elements, out)
         return out
-
-    def _profile_of(
-        self, part: _Part, points: Tensor, centre: Tensor, moved: Tensor, nodes: Tensor, out: Tensor
-    ) -> None:
-        """Add one site's change along every axis to ``out`` (P, D, G)."""
-        family, count = part.family, len(part.family.names)
-        steps = moved.reshape(len(points), count, family.size, -1)
-        here = centre.reshape(len(points), count, family.size)
-        tiny = 1e-12 * steps.abs().amax((2, 3), keepdim=True)
-        point, row, axis = torch.nonzero((steps.abs() > tiny).any(1), as_tuple=True)
-        chunk = max(1, self.elements // len(nodes))
-        for at in (slice(i, i + chunk) for i in range(0, len(point), chunk)):
-            p, r, j = point[at], row[at], axis[at]
-            base = [here[p, i, r].unsqueeze(1) for i in range(count)]
-            along = [b + steps[p, i, r, j].unsqueeze(1) * nodes for i, b in enumerate(base)]
-            if part.natural is None:
-                change = family.at(points[p], r, along) - family.at(points[p], r, base)
-            else:
-                target, cumulant = part.natural.target, part.natural.cumulant
-                size = cumulant.value(along[0]) - cumulant.value(base[0])
-                if part.weight is not None:
-                    size = size * part.weight[p if len(part.weight) > 1 else 0, r]
-                pull = target[points[p] if len(target) > 1 else 0, r].unsqueeze(1)
-                change = pull * (along[0] - base[0]) - size
-            out.view(-1, len(nodes)).index_add_(0, p * self.num_latent + j, change)
 
     def _rest_profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
         if self.quadratic is not None and self.latent_scale is None:
@@ -434,125 +344,3 @@ def _smooth(quadratic: Quadratic, scale: LatentScale | None, position: Tensor) -
         own, slope = scale.value_and_grad(position)
         value, grad = value + own, grad + slope
     return value, grad
-
-
-def build_density(program: LaneProgram) -> Density:
-    """The cheapest exact route for a program."""
-    general = ProgramDensity(program)
-    affine = _affine(program, general) if not program.enumerated and program.loop_reason is None else None
-    return general if affine is None else affine
-
-
-def _affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | None:
-    try:
-        return _find_affine(program, general)
-    except (NotAffine, RuntimeError, ValueError, NotImplementedError, TypeError):
-        return None  # any reason not to be affine is a reason to use the general route
-
-
-def _find_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | None:
-    num_points = program.num_points
-    points = torch.arange(num_points, device=program.device)
-    inputs = program.point_inputs(points)
-    dim, dtype, device = program.num_latent, program.dtype, program.device
-    generator = torch.Generator().manual_seed(program.seed)
-    probe = 0.5 * torch.randn(3, num_points, dim, dtype=dtype, generator=generator).to(device)
-
-    families = find_families(program, probe[0])
-    rows = sum(f.size * len(f.names) for f in families)
-    if not families or rows * dim * num_points > MAX_AFFINE:
-        return None
-
-    def eta(position: Tensor, *flat: Tensor) -> Tensor:
-        recorded = predictors_of(program, position, inputs.unflatten(flat))
-        parts = [recorded[f.site][1][n].expand(f.shape).reshape(-1) for f in families for n in f.names]
-        return torch.cat(parts)
-
-    flat = inputs.flat()
-    batched = torch.vmap(eta)
-    with program.quiet():
-        # The map is affine if anything, so its columns are differences of values: no differentiation.
-        offset = batched(torch.zeros_like(probe[0]), *flat)
-        eye = torch.eye(dim, dtype=dtype, device=device)
-        matrix = torch.empty(num_points, rows, dim, dtype=dtype, device=device)
-        width = max(1, MAX_ELEMENTS // (4 * rows * num_points))
-        for start in range(0, dim, width):
-            part = eye[start : start + width]
-            lanes = part.repeat(num_points, 1)
-            repeated = [x.repeat_interleave(len(part), 0) for x in flat]
-            values = batched(lanes, *repeated).reshape(num_points, len(part), rows)
-            matrix[:, :, start : start + width] = (values - offset.unsqueeze(1)).mT
-        for at in probe:
-            found = batched(at, *flat)
-            predicted = torch.einsum("smd,sd->sm", matrix, at) + offset
-            scale = 1.0 + found.abs().amax(-1, keepdim=True)
-            if not ((found - predicted).abs() <= 1e-9 * scale).all():
-                return None
-
-    rest, rest_hessian = _rest_functions(program, {f.site for f in families})
-    curvature = rest_hessian(points, torch.zeros_like(probe[0]))
-    quadratic, site = None, find_scale_site(program, families, matrix)
-    if site is not None:
-        own = _without_prior(rest, site)
-        near, still = probe.clone(), curvature.clone()
-        near[..., site.column].clamp_(-0.5, 0.5)  # far out its prior is all there is, and hides the rest
-        still[:, site.column] = 0.0
-        still[:, :, site.column] = 0.0
-        quadratic = _quadratic(own, still, points, near)
-        rest, site = (own, site) if quadratic is not None else (rest, None)
-    if quadratic is None:
-        quadratic = _quadratic(rest, curvature, points, probe)
-    density = AffineDensity(program, families, matrix, offset, rest, rest_hessian, quadratic, site)
-    ours, theirs = density.value(points, probe[2].unsqueeze(1)), general.value(points, probe[2].unsqueeze(1))
-    agree = (ours - theirs).abs() <= 1e-9 * (1.0 + theirs.abs())
-    return density if bool(agree.all()) else None
-
-
-def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
-    """The log joint without the sites in ``without``: value with gradient, and curvature."""
-
-    def log_density(position: Tensor, inputs: LaneInputs) -> Tensor:
-        return program.run_lane(position, inputs, without=without).log_joint()
-
-    def rest(points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        num_points, batch, dim = position.shape
-        inputs = program.point_inputs(points.repeat_interleave(batch))
-        forward = torch.vmap(lambda u, *xs: log_density(u, inputs.unflatten(xs)))
-        with program.quiet(), torch.enable_grad():
-            flat = position.detach().reshape(-1, dim).requires_grad_(True)
-            value = forward(flat, *inputs.flat())
-            (grad,) = torch.autograd.grad(value.sum(), flat)
-        return value.detach().reshape(num_points, batch), grad.reshape(num_points, batch, dim)
-
-    def rest_hessian(points: Tensor, position: Tensor) -> Tensor:
-        return hessian_by_lanes(
-            program, log_density, points, position, MAX_ELEMENTS // 64 // program.num_latent
-        )
-
-    return rest, rest_hessian
-
-
-def _without_prior(rest: Any, site: ScaleSite) -> Any:
-    def without(points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = rest(points, position)
-        prior, slope = value_and_slope(site.log_prior, position[..., site.column])
-        grad = grad.clone()
-        grad[..., site.column] -= slope
-        return value - prior, grad
-
-    return without
-
-
-def _quadratic(rest: Any, curvature: Tensor, points: Tensor, probe: Tensor) -> Quadratic | None:
-    """The rest about the origin if it is a quadratic of that curvature at every point, else None."""
-    origin = torch.zeros_like(probe[0])
-    value, slope = (x.squeeze(1) for x in rest(points, origin.unsqueeze(1)))
-    for at in (probe[0], probe[1], 8.0 * probe[2]):
-        found, found_slope = (x.squeeze(1) for x in rest(points, at.unsqueeze(1)))
-        step = torch.einsum("sij,sj->si", curvature, at)
-        expected = value + (at * (slope + 0.5 * step)).sum(-1)
-        close = (found - expected).abs() <= 1e-11 * (1.0 + found.abs())
-        close_slope = (found_slope - slope - step).abs() <= 1e-11 * (1.0 + found_slope.abs())
-        if not (close.all() and close_slope.all() and math.isfinite(float(curvature.abs().max()))):
-            return None
-    return Quadratic(origin, value, slope, curvature)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayestie._affine import build_density
 from bayestie._assemble import Assembly
+from bayestie._build_density import build_density
 from bayestie._collect import TieUse, quantities, tie_uses
 from bayestie._density import ProgramDensity
 from bayestie._engines import Draws, Task

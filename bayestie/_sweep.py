@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from bayestie._affine import build_density
 from bayestie._assemble import Assembly
+from bayestie._build_density import build_density
 from bayestie._collect import quantities
 from bayestie._density import ProgramDensity
 from bayestie._engines import (

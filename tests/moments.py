@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
-from bayestie._affine import build_density
+from bayestie._build_density import build_density
 from bayestie._collect import collect, quantities
 from bayestie._draws import effective_size
 from bayestie._engines import LaplaceFit, Task, fit_laplace

@@ -9,7 +9,8 @@ import torch
 from zoo import COUNTS, GROUP, ZOO, X, Y, numbers, tied_copies, tied_level
 
 from bayestie import _affine
-from bayestie._affine import AffineDensity, build_density
+from bayestie._affine import AffineDensity
+from bayestie._build_density import build_density
 from bayestie._density import Density, ProgramDensity
 from bayestie._linear_map import LinearMap
 from bayestie._program import LaneProgram

@@ -11,7 +11,8 @@ from scipy import integrate
 from zoo import numbers
 
 import bayestie as bt
-from bayestie._affine import AffineDensity, build_density
+from bayestie._affine import AffineDensity
+from bayestie._build_density import build_density
 from bayestie._density import ProgramDensity
 from bayestie._engines._conditional import conditional_proposal
 from bayestie._engines._laplace_fit import fit_laplace

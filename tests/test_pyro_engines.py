@@ -12,7 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch.distributions import constraints
 
-from bayestie._affine import build_density
+from bayestie._build_density import build_density
 from bayestie._diagnostics import convergence
 from bayestie._engines import Interrupted, Task, run_nuts
 from bayestie._engines._pyro import _guide_draws, _unconstrained, run_pyro_nuts, run_pyro_svi

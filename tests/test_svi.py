@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from bayestie._affine import build_density
+from bayestie._build_density import build_density
 from bayestie._engines import Interrupted, Task, fit_laplace, run_laplace
 from bayestie._engines._guides import Curvature, FullRank, Guide, LowRank, MeanField
 from bayestie._engines._svi import _curvature, _Optimiser, guide_name, run_svi, start_guide

@@ -1,0 +1,143 @@
+"""The cheapest exact density of a program: is its likelihood one of affine predictors, the rest a quadratic?
+
+The structure is guessed from values of the model at few positions, and checked at others.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayestie._affine import AffineDensity
+from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes
+from bayestie._families import NotAffine, find_families, predictors_of
+from bayestie._lane import LaneInputs
+from bayestie._latent_scale import ScaleSite, find_scale_site, value_and_slope
+from bayestie._program import LaneProgram
+from bayestie._quadratic import Quadratic
+
+# An affine map is kept dense; past this many numbers over all points the program route is used.
+MAX_AFFINE = 60_000_000
+
+
+def build_density(program: LaneProgram) -> Density:
+    """The cheapest exact route for a program."""
+    general = ProgramDensity(program)
+    affine = _affine(program, general) if not program.enumerated and program.loop_reason is None else None
+    return general if affine is None else affine
+
+
+def _affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | None:
+    try:
+        return _checked_affine(program, general)
+    except (NotAffine, RuntimeError, ValueError, NotImplementedError, TypeError):
+        return None  # any reason not to be affine is a reason to use the general route
+
+
+def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDensity | None:
+    num_points = program.num_points
+    points = torch.arange(num_points, device=program.device)
+    inputs = program.point_inputs(points)
+    dim, dtype, device = program.num_latent, program.dtype, program.device
+    generator = torch.Generator().manual_seed(program.seed)
+    probe = 0.5 * torch.randn(3, num_points, dim, dtype=dtype, generator=generator).to(device)
+
+    families = find_families(program, probe[0])
+    rows = sum(f.size * len(f.names) for f in families)
+    if not families or rows * dim * num_points > MAX_AFFINE:
+        return None
+
+    def eta(position: Tensor, *flat: Tensor) -> Tensor:
+        recorded = predictors_of(program, position, inputs.unflatten(flat))
+        parts = [recorded[f.site][1][n].expand(f.shape).reshape(-1) for f in families for n in f.names]
+        return torch.cat(parts)
+
+    flat = inputs.flat()
+    batched = torch.vmap(eta)
+    with program.quiet():
+        # The map is affine if anything, so its columns are differences of values: no differentiation.
+        offset = batched(torch.zeros_like(probe[0]), *flat)
+        eye = torch.eye(dim, dtype=dtype, device=device)
+        matrix = torch.empty(num_points, rows, dim, dtype=dtype, device=device)
+        width = max(1, MAX_ELEMENTS // (4 * rows * num_points))
+        for start in range(0, dim, width):
+            part = eye[start : start + width]
+            lanes = part.repeat(num_points, 1)
+            repeated = [x.repeat_interleave(len(part), 0) for x in flat]
+            values = batched(lanes, *repeated).reshape(num_points, len(part), rows)
+            matrix[:, :, start : start + width] = (values - offset.unsqueeze(1)).mT
+        for at in probe:
+            found = batched(at, *flat)
+            predicted = torch.einsum("smd,sd->sm", matrix, at) + offset
+            scale = 1.0 + found.abs().amax(-1, keepdim=True)
+            if not ((found - predicted).abs() <= 1e-9 * scale).all():
+                return None
+
+    rest, rest_hessian = _rest_functions(program, {f.site for f in families})
+    curvature = rest_hessian(points, torch.zeros_like(probe[0]))
+    quadratic, site = None, find_scale_site(program, families, matrix)
+    if site is not None:
+        own = _without_prior(rest, site)
+        near, still = probe.clone(), curvature.clone()
+        near[..., site.column].clamp_(-0.5, 0.5)  # far out its prior is all there is, and hides the rest
+        still[:, site.column] = 0.0
+        still[:, :, site.column] = 0.0
+        quadratic = _quadratic(own, still, points, near)
+        rest, site = (own, site) if quadratic is not None else (rest, None)
+    if quadratic is None:
+        quadratic = _quadratic(rest, curvature, points, probe)
+    density = AffineDensity(program, families, matrix, offset, rest, rest_hessian, quadratic, site)
+    ours, theirs = density.value(points, probe[2].unsqueeze(1)), general.value(points, probe[2].unsqueeze(1))
+    agree = (ours - theirs).abs() <= 1e-9 * (1.0 + theirs.abs())
+    return density if bool(agree.all()) else None
+
+
+def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
+    """The log joint without the sites in ``without``: value with gradient, and curvature."""
+
+    def log_density(position: Tensor, inputs: LaneInputs) -> Tensor:
+        return program.run_lane(position, inputs, without=without).log_joint()
+
+    def rest(points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        num_points, batch, dim = position.shape
+        inputs = program.point_inputs(points.repeat_interleave(batch))
+        forward = torch.vmap(lambda u, *xs: log_density(u, inputs.unflatten(xs)))
+        with program.quiet(), torch.enable_grad():
+            flat = position.detach().reshape(-1, dim).requires_grad_(True)
+            value = forward(flat, *inputs.flat())
+            (grad,) = torch.autograd.grad(value.sum(), flat)
+        return value.detach().reshape(num_points, batch), grad.reshape(num_points, batch, dim)
+
+    def rest_hessian(points: Tensor, position: Tensor) -> Tensor:
+        return hessian_by_lanes(
+            program, log_density, points, position, MAX_ELEMENTS // 64 // program.num_latent
+        )
+
+    return rest, rest_hessian
+
+
+def _without_prior(rest: Any, site: ScaleSite) -> Any:
+    def without(points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = rest(points, position)
+        prior, slope = value_and_slope(site.log_prior, position[..., site.column])
+        grad = grad.clone()
+        grad[..., site.column] -= slope
+        return value - prior, grad
+
+    return without
+
+
+def _quadratic(rest: Any, curvature: Tensor, points: Tensor, probe: Tensor) -> Quadratic | None:
+    """The rest about the origin if it is a quadratic of that curvature at every point, else None."""
+    origin = torch.zeros_like(probe[0])
+    value, slope = (x.squeeze(1) for x in rest(points, origin.unsqueeze(1)))
+    for at in (probe[0], probe[1], 8.0 * probe[2]):
+        found, found_slope = (x.squeeze(1) for x in rest(points, at.unsqueeze(1)))
+        step = torch.einsum("sij,sj->si", curvature, at)
+        expected = value + (at * (slope + 0.5 * step)).sum(-1)
+        close = (found - expected).abs() <= 1e-11 * (1.0 + found.abs())
+        close_slope = (found_slope - slope - step).abs() <= 1e-11 * (1.0 + found_slope.abs())
+        if not (close.all() and close_slope.all() and math.isfinite(float(curvature.abs().max()))):
+            return None
+    return Quadratic(origin, value, slope, curvature)
