@@ -9,25 +9,20 @@ point of the sweep (and, where a few latents h stand outside x, at a value of h)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from bayestie._copy_coordinates import Block, CopyProgram, NotSparse, Reading, sites_of
-from bayestie._families import Cumulant, Family, link_of
+from bayestie._families import Family, link_of
 from bayestie._messages import base_distribution
 from bayestie._program import LaneProgram
-from bayestie._sparse_factor import NotPositive, choose_pattern, lower_pattern
 from bayestie._sparse_map import NotSparseMap, find_map
+from bayestie._sparse_numbers import Likelihood, Numbers
 from bayestie._sparse_prior import Level, PriorPart, copies_part, hard_part, is_hard, level_of
-
-MAX_PRODUCTS = 60_000_000  # pairs of entries in the rows of A
-MAX_DIRECTIONS = 400
+from bayestie._sparse_structure import Structure
 
 
 @dataclass(frozen=True)
@@ -38,266 +33,6 @@ class Predictor:
     name: str
     shape: torch.Size
     rows: slice
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """log p of one site = sum of target eta - weight A(eta) + constant, at one point and h."""
-
-    rows: slice
-    cumulant: Cumulant
-    target: np.ndarray
-    weight: np.ndarray
-    constant: float
-    is_gaussian: bool
-
-    def value(self, eta: np.ndarray) -> np.ndarray:
-        """Elementwise, without the constant; eta (..., M) of this site."""
-        size = self.cumulant.value(torch.from_numpy(eta)).numpy()
-        return self.target * eta - self.weight * size
-
-    def slope(self, eta: np.ndarray) -> np.ndarray:
-        return self.target - self.weight * mean_slope(self.cumulant, eta)
-
-    def curvature(self, eta: np.ndarray) -> np.ndarray:
-        return self.weight * self.cumulant.curvature(torch.from_numpy(eta)).numpy()
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Everything that the strength and h decide: prior and likelihood of one structure."""
-
-    precision: np.ndarray  # P on the structure's pattern
-    prior: Any  # P itself
-    mean: np.ndarray  # m
-    variances: np.ndarray  # D of each direction
-    constant: float
-    offset: np.ndarray  # of the predictors, known levels included
-    shift: np.ndarray  # of x: known levels where sigma = 0
-    likelihoods: tuple[Likelihood, ...]
-    levels: dict[str, Level]
-    reading: Reading
-
-    @property
-    def is_gaussian(self) -> bool:
-        return all(part.is_gaussian for part in self.likelihoods)
-
-
-def mean_slope(cumulant: Cumulant, eta: np.ndarray) -> np.ndarray:
-    """A'(eta)."""
-    with np.errstate(over="ignore"):
-        out = torch.from_numpy(eta).clone()
-        cumulant.value_and_slope_(out, torch.empty_like(out))
-    return cumulant.limit - out.numpy()
-
-
-class Structure:
-    """Points of a sweep with the same variables: which copies are free, one hard parameter, or fixed.
-
-    ``variables`` x are reduced: copies at sigma = 0 are their levels. x_full = expand x + shift.
-    """
-
-    def __init__(self, density: "SparseDensity", parts: Sequence[PriorPart], modes: Sequence[str], seed: int):
-        copies = density.copies
-        self.modes, self.starts = tuple(modes), []
-        start, rows, cols, blocks = 0, [], [], []
-        for block, part, mode in zip(copies.blocks, parts, modes, strict=True):
-            self.starts.append(start)
-            blocks.append(slice(start, start + part.size))
-            if mode == "hard" and part.size:
-                labels = copies.tied[block.name].infer["bayestie"]["tie"].labels.numpy()
-                index = labels[:, None] * block.num_events + np.arange(block.num_events)
-                place = np.arange(block.start, block.start + block.size)
-                rows.append(place)
-                cols.append(start + index.ravel())
-            elif mode != "hard":
-                rows.append(np.arange(block.start, block.start + block.size))
-                cols.append(np.arange(start, start + block.size))
-            start += part.size
-        self.size = start
-        row, col = (np.concatenate(x) if x else np.zeros(0, int) for x in (rows, cols))
-        self.expand: Any = sp.csr_array((np.ones(len(row)), (row, col)), shape=(copies.num_x, start))
-        self.is_whole = self.expand.shape == (start, start) and bool((col == np.arange(start)).all())
-        self.map: Any = sp.csr_array(density.map @ self.expand)
-        self.map.sum_duplicates()
-        self.transposed: Any = sp.csr_array(self.map.T)
-        self._lay_out_precision(parts, blocks)
-        self._lay_out_directions(parts)
-
-    def _lay_out_precision(self, parts: Sequence[PriorPart], blocks: list[slice]) -> None:
-        prior_row = np.concatenate(
-            [r + s for p, s in zip(parts, self.starts, strict=True) for r in p.row] or [np.zeros(0, int)]
-        ).astype(np.int64)
-        prior_col = np.concatenate(
-            [c + s for p, s in zip(parts, self.starts, strict=True) for c in p.col] or [np.zeros(0, int)]
-        ).astype(np.int64)
-        counts = np.diff(self.map.indptr)
-        if int((counts.astype(np.int64) ** 2).sum()) > MAX_PRODUCTS:
-            raise NotSparse("observations depend on too many copies each")
-        observation, left, right = _pairs(self.map)
-        gram_row, gram_col = (np.maximum, np.minimum)
-        places_row = gram_row(self.map.indices[left], self.map.indices[right])
-        places_col = gram_col(self.map.indices[left], self.map.indices[right])
-        row, col, keys = lower_pattern(
-            self.size, np.concatenate([prior_row, places_row]), np.concatenate([prior_col, places_col])
-        )
-        self.pattern = choose_pattern(self.size, row, col, blocks)
-        self._prior_place = _find(keys, self.size, prior_row, prior_col)
-        place = _find(keys, self.size, places_row, places_col)
-        products = self.map.data[left] * self.map.data[right]
-        # Curvature of the likelihood is linear in its weights: one sparse product per Newton step.
-        self._gram = sp.csr_array((products, (place, observation)), shape=(len(keys), self.map.shape[0]))
-
-    def _lay_out_directions(self, parts: Sequence[PriorPart]) -> None:
-        found = [
-            (places + start, weight)
-            for part, start in zip(parts, self.starts, strict=True)
-            for places, weight in part.directions
-        ]
-        if len(found) > MAX_DIRECTIONS:
-            raise NotSparse(f"it has {len(found)} levels that are means, at most {MAX_DIRECTIONS} may be")
-        # Where data leave the sum of all copies of a component open, P + A^T W A is singular without its
-        # level's prior: a pin on one copy, taken off again as a direction of negative variance.
-        diagonal = self.curvature(np.ones(self.map.shape[0]))
-        held = self._along(found, diagonal)
-        self.pins = [int(found[i][0][0]) for i in range(len(found))] if held else []
-        indices = [places for places, _ in found] + [np.array([pin]) for pin in self.pins]
-        weights = [np.full(len(p), w) for p, w in found] + [np.ones(1) for _ in self.pins]
-        columns = np.repeat(np.arange(len(indices)), [len(p) for p in indices])
-        row = np.concatenate(indices) if indices else np.zeros(0, int)
-        data = np.concatenate(weights) if weights else np.zeros(0)
-        self.directions: Any = sp.csc_array((data, (row, columns)), shape=(self.size, len(indices)))
-        self._pin_place = np.array([self._diagonal_place(pin) for pin in self.pins], dtype=np.int64)
-
-    def _along(self, found: list[tuple[np.ndarray, float]], gram: np.ndarray) -> bool:
-        """Whether constant components are (nearly) not held by the data."""
-        if not found:
-            return False
-        row, col = self.pattern.row, self.pattern.col
-        columns = np.repeat(np.arange(len(found)), [len(p) for p, _ in found])
-        ones = sp.csr_array(
-            (np.ones(len(columns)), (np.concatenate([p for p, _ in found]), columns)),
-            shape=(self.size, len(found)),
-        )
-        lower = sp.csr_array((gram, (row, col)), shape=(self.size, self.size))
-        half = lower @ ones
-        both = (ones.T @ half).toarray()
-        diagonal = sp.dia_array((gram[row == col][None], [0]), shape=(self.size, self.size))
-        full = both + both.T - (ones.T @ (diagonal @ ones)).toarray()
-        scale = np.sqrt(full.diagonal())
-        if (scale == 0).any():
-            return True
-        return bool(np.linalg.eigvalsh(full / scale[:, None] / scale)[0] < 1e-6)
-
-    def _diagonal_place(self, variable: int) -> int:
-        return int(np.flatnonzero((self.pattern.row == variable) & (self.pattern.col == variable))[0])
-
-    def curvature(self, weights: np.ndarray) -> np.ndarray:
-        """A^T W A on the pattern."""
-        return self._gram @ weights
-
-    def prior_precision(self, parts: Sequence[PriorPart]) -> np.ndarray:
-        values = np.concatenate([v for p in parts for v in p.value] or [np.zeros(0)])
-        return np.bincount(self._prior_place, values, len(self.pattern.row))
-
-    def matrix(self, data: np.ndarray) -> sp.csr_array:
-        """The whole symmetric matrix with these entries of its lower triangle."""
-        place, indices, starts = self._whole
-        return sp.csr_array((data[place], indices, starts), shape=(self.size, self.size))
-
-    @cached_property
-    def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        row, col = self.pattern.row, self.pattern.col
-        off = np.flatnonzero(row != col)
-        places = np.concatenate([np.arange(len(row)), off]) + 1.0
-        shape = (self.size, self.size)
-        both = sp.coo_array((places, (np.r_[row, col[off]], np.r_[col, row[off]])), shape=shape).tocsr()
-        both.sort_indices()
-        return both.data.astype(np.int64) - 1, both.indices, both.indptr
-
-
-class Gaussian:
-    """N(mean, Q^-1) with Q = P + A^T W A + U D^-1 U^T, by Woodbury's formula around the sparse part.
-
-    Q^-1 = S - S U G U^T S with S the sparse inverse, C = U^T S U, G = (D + C)^-1; D = 0 is a constraint.
-    """
-
-    def __init__(self, structure: Structure, numbers: Numbers, weights: np.ndarray, mean: np.ndarray):
-        self.structure, self.mean, self.weights = structure, mean, weights
-        data = self.unpinned = numbers.precision + structure.curvature(weights)
-        variances = numbers.variances
-        if structure.pins:
-            diagonal = data[structure.pattern.row == structure.pattern.col]
-            pin = np.full(len(structure.pins), float(np.median(diagonal)))
-            data = data.copy()
-            np.add.at(data, structure._pin_place, pin)
-            variances = np.concatenate([variances, -1.0 / pin])
-        self.data, self.variances = data, variances
-        self.factor = structure.pattern.factor(data)
-        self.log_det = self.factor.log_det
-        if not structure.directions.shape[1]:
-            self.response = None
-            return
-        u = structure.directions
-        self.response = self.factor.solve(u.toarray(order="F"))  # S U
-        inner = u.T @ self.response
-        inner = 0.5 * (inner + inner.T)
-        both = np.diag(variances) + inner
-        sign, log_det = np.linalg.slogdet(both)
-        negative = int((variances < 0).sum())
-        if sign * (-1) ** negative <= 0:
-            raise NotPositive
-        self.inverse = np.linalg.inv(both)
-        self.log_det += log_det - float(np.log(np.abs(variances[variances != 0])).sum())
-        lower = np.linalg.cholesky(inner)
-        shrink = np.eye(len(inner)) - lower.T @ self.inverse @ lower
-        values, vectors = np.linalg.eigh(0.5 * (shrink + shrink.T))
-        half = np.eye(len(inner)) - (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans=1)
-        self.correction = scipy.linalg.solve_triangular(lower, back.T, lower=True, trans=1).T
-
-    def solve(self, right: np.ndarray) -> np.ndarray:
-        out = self.factor.solve(right)
-        if self.response is not None:
-            out = out - self.response @ (self.inverse @ (self.response.T @ right))
-        return out
-
-    def deviations(self, noise: np.ndarray) -> np.ndarray:
-        """Standard normals (n, batch) to draws about the mean."""
-        out = self.factor.whiten_back(noise)
-        if self.response is not None:
-            out -= self.response @ (self.correction @ (self.structure.directions.T @ out))
-        return out
-
-    def draw(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`deviations` and their `square`, which costs nothing here: (n, batch) and (batch,)."""
-        out = self.factor.whiten_back(noise)
-        square = np.einsum("nb,nb->b", noise, noise)
-        if self.response is None:
-            return out, square
-        u = self.structure.directions
-        along = u.T @ out
-        moved = self.correction @ along
-        out -= self.response @ moved
-        inner = u.T @ self.response
-        square = square - 2 * (moved * along).sum(0) + (moved * (inner @ moved)).sum(0)
-        soft = self.variances != 0
-        at = (along - inner @ moved)[soft]
-        return out, square + (at**2 / self.variances[soft, None]).sum(0)
-
-    def square(self, step: np.ndarray) -> np.ndarray:
-        """(x - mean)^T Q (x - mean) of columns (n, batch); directions of known value have no part in it."""
-        total = (step * (self.structure.matrix(self.data) @ step)).sum(0)
-        if self.response is not None:
-            soft = self.variances != 0
-            at = (self.structure.directions.T @ step)[soft]
-            total = total + (at**2 / self.variances[soft, None]).sum(0)
-        return total
-
-    def log_density(self, step: np.ndarray) -> np.ndarray:
-        """Of mean + step (n, batch); the normaliser of the variables less their constraints."""
-        size = len(self.mean)
-        return -0.5 * self.square(step) + 0.5 * self.log_det - 0.5 * size * math.log(2 * math.pi)
 
 
 class SparseDensity:
@@ -396,7 +131,7 @@ class SparseDensity:
             modes.append(mode)
         key = tuple((m, p.size, len(p.directions)) for m, p in zip(modes, parts, strict=True))
         if key not in self.structures:
-            self.structures[key] = Structure(self, parts, modes, self.program.seed)
+            self.structures[key] = Structure(self.copies, self.map, parts, modes)
         structure = self.structures[key]
         shift = self._shift(modes, levels)
         precision = structure.prior_precision(parts)
@@ -536,29 +271,6 @@ def _family(
         for key, value in zip(keys, given, strict=True)
     }
     return Family(site, type(base), names, links, constants, shape)
-
-
-def _find(keys: np.ndarray, size: int, row: np.ndarray, col: np.ndarray) -> np.ndarray:
-    low, high = np.maximum(row, col), np.minimum(row, col)
-    return np.searchsorted(keys, low.astype(np.int64) * size + high)
-
-
-def _pairs(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and both entries of every unordered pair of entries of a row, an entry with itself among them."""
-    counts = np.diff(matrix.indptr)
-    rows, lefts, rights = [], [], []
-    for count in np.unique(counts):
-        if count == 0:
-            continue
-        own = np.flatnonzero(counts == count)
-        left, right = np.tril_indices(count)
-        first = matrix.indptr[own][:, None]
-        rows.append(np.repeat(own, len(left)))
-        lefts.append((first + left).ravel())
-        rights.append((first + right).ravel())
-    if not rows:
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0, int)
-    return np.concatenate(rows), np.concatenate(lefts), np.concatenate(rights)
 
 
 def build_sparse_density(program: LaneProgram) -> tuple[SparseDensity | None, str]:

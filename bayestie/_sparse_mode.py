@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bayestie._sparse_density import Gaussian, Likelihood, Numbers, Structure
 from bayestie._sparse_factor import NotPositive
+from bayestie._sparse_gaussian import Gaussian
+from bayestie._sparse_numbers import Likelihood, Numbers
+from bayestie._sparse_structure import Structure
 
 MAX_ITERATIONS = 60
 # Gauss-Hermite nodes and weights for a standard normal: likelihoods averaged over a predictor's spread.

@@ -16,8 +16,9 @@ from bayestie import _sweep
 from bayestie._engines import _sparse
 from bayestie._errors import InferenceError
 from bayestie._program import LaneProgram
-from bayestie._sparse_density import Gaussian, SparseDensity
+from bayestie._sparse_density import SparseDensity
 from bayestie._sparse_factor import choose_pattern, lower_pattern
+from bayestie._sparse_gaussian import Gaussian
 from bayestie._sparse_map import NotSparseMap, find_map
 from bayestie._sparse_mode import find_mode
 from models import nile, poisson_chain
@@ -270,7 +271,7 @@ def test_blocks_have_the_posterior_that_dense_nuts_has(sparse_everywhere, monkey
     """Means, sds and quantiles of skew copies: |z| < 4 with Bonferroni's number over all."""
     monkeypatch.setattr("bayestie._engines._sparse_chains._Probe.weights_will_do", lambda self, needed: False)
     monkeypatch.setattr(
-        "bayestie._engines._sparse_chains._suitable",
+        "bayestie._engines._sparse_chains.suitable_kernel",
         lambda target_, groups, largest, rng: (_kernel(target_, groups, target, rng), target),
     )
     data, over = small_counts(), {"sigma": [0.3]}
@@ -296,7 +297,7 @@ def test_blocks_have_the_posterior_that_dense_nuts_has(sparse_everywhere, monkey
 
 def _kernel(target, groups, size, rng):
     from bayestie._engines._blocks import partitions
-    from bayestie._engines._sparse_chains import Kernel
+    from bayestie._engines._sparse_kernel import Kernel
 
     return Kernel(target, partitions(target.structure, target.gaussian, groups, size, rng), groups)
 

@@ -12,8 +12,9 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components, dijkstra
 
-from bayestie._sparse_density import Gaussian, Structure
 from bayestie._sparse_factor import Factor
+from bayestie._sparse_gaussian import Gaussian
+from bayestie._sparse_structure import Structure
 
 _VARIANTS = 3
 

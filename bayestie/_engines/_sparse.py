@@ -21,9 +21,10 @@ from bayestie._engines._streamed import Summary, summarised, weighted
 from bayestie._errors import InferenceError
 from bayestie._psis import good_k, psis
 from bayestie._sparse_collect import Columns
-from bayestie._sparse_density import Numbers, Structure
 from bayestie._sparse_factor import NotPositive, variances
 from bayestie._sparse_mode import SparseFit, find_mode, log_likelihood, log_prior, shifted_mean
+from bayestie._sparse_numbers import Numbers
+from bayestie._sparse_structure import Structure
 
 STORED_BYTES = 2_000_000_000  # of draws, over all points
 _INDEPENDENT = (math.nan, math.nan, math.nan)

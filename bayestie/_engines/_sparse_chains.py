@@ -1,301 +1,31 @@
-"""Chains over 1e5 copies: Metropolis-Hastings on blocks given their boundaries, all blocks at once.
-
-q is the Gaussian with the sparse precision Q. As pi(x) = q(x) exp(sum_i r_i(eta_i)), r_i what likelihood i
-leaves beyond its quadratic, a block proposed from q given the variables held still is accepted with
-exp(change of its own observations' r): the cost of a sweep is a triangular solve, and its acceptance does not
-fall with the number of copies (Knorr-Held and Rue 2002, On block updating in Markov random field models for
-disease mapping). Proposals may be autoregressive about q's conditional mean (Crank-Nicolson), which the same
-ratio makes exact. Means of copies, whose prior no block sees alone, are a second acceptance (Liu 2001,
-section 9.4.3, surrogate transitions); hubs, levels and fixed effects move with what responds to them.
-"""
+"""Draws at one point of many copies, the likelihood not Gaussian: weighted where that does, else chains."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse as sp
 import torch
 
-from bayestie._engines._blocks import Groups, Partition, partitions
+from bayestie._engines._blocks import Groups
 from bayestie._engines._importance import NEARLY_CONSTANT, mean_error, needed_ess
 from bayestie._engines._protocol import Task
 from bayestie._engines._quality import MAX_RHAT, quality
+from bayestie._engines._sparse_kernel import Kernel, suitable_kernel, together
+from bayestie._engines._sparse_target import Target
 from bayestie._engines._streamed import Streamed, weighted
 from bayestie._psis import good_k, psis
-from bayestie._sparse_density import Numbers, Structure
-from bayestie._sparse_factor import variances
-from bayestie._sparse_mode import SparseFit, averaged, find_mode, log_likelihood, log_prior, slopes
+from bayestie._sparse_mode import SparseFit, log_likelihood, log_prior
+from bayestie._sparse_numbers import Numbers
+from bayestie._sparse_structure import Structure
 
 _PROBE = 128  # independent draws of q that tell how far from Gaussian the posterior is
 _WATCHED = 3000  # quantities whose every draw is kept for rank-normalised diagnostics
 _BURN_IN = 30
 _MAX_DOUBLINGS = 5
-_GOOD_ACCEPTANCE = 0.85
-_FAIR_ACCEPTANCE = 0.6  # of blocks of up to
-_LONG_BLOCK = 200
-_POOR_BLOCK = 0.25
 _BATCH = 10
-_CACHED = 100_000
 _SHORT_CHAINS = 8  # side by side for each chain that is kept
 _DIAGNOSED = 6_000_000  # numbers that are ranked between doublings
-
-
-class Design:
-    """A times rows (batch, n), without a sparse product where every row of A holds one entry."""
-
-    def __init__(self, matrix: Any):
-        self.matrix = matrix
-        self.single = bool((np.diff(matrix.indptr) == 1).all())
-        self.identity = (
-            self.single
-            and matrix.shape[0] == matrix.shape[1]
-            and bool((matrix.data == 1).all())
-            and bool((matrix.indices == np.arange(matrix.shape[0])).all())
-        )
-
-    def __call__(self, step: np.ndarray) -> np.ndarray:
-        if self.identity:
-            return step
-        if self.single:
-            return step[:, self.matrix.indices] * self.matrix.data
-        return (self.matrix @ step.T).T
-
-
-class Remainder:
-    """r_i(eta) = log p_i(eta) - e_i (eta - eta_hat) + W_i (eta - eta_hat)^2 / 2, less its value at eta_hat.
-
-    Of steps eta - eta_hat, (batch, M).
-    """
-
-    def __init__(self, numbers: Numbers, eta: np.ndarray, slope: np.ndarray, weight: np.ndarray):
-        self.numbers, self.eta, self.slope = numbers, eta, slope
-        self.half = 0.5 * weight
-        self.pull = [part.target - slope[part.rows] for part in numbers.likelihoods]
-        self.plain = [bool((part.weight == 1.0).all()) for part in numbers.likelihoods]
-        self.at_centre = 0.0
-        self.at_centre = self(np.zeros((1, len(eta))))[0]
-
-    def __call__(self, step: np.ndarray) -> np.ndarray:
-        out = self.half * step
-        whole = len(self.pull) == 1
-        for part, pull, plain in zip(self.numbers.likelihoods, self.pull, self.plain, strict=True):
-            rows = slice(None) if whole else part.rows
-            if part.is_gaussian:
-                out[:, rows] = 0.0
-                continue
-            own = step[:, rows]
-            left = out[:, rows]
-            left += pull
-            left *= own
-            size = part.cumulant.value_(torch.from_numpy(own + self.eta[rows])).numpy()
-            left -= size if plain else part.weight * size
-        out -= self.at_centre
-        return out
-
-
-class Target:
-    """q at one point, its remainder, and the terms that no block sees alone."""
-
-    def __init__(self, fit: SparseFit):
-        self.structure, self.numbers, self.gaussian = fit.structure, fit.numbers, fit.gaussian
-        self.mean = fit.gaussian.mean
-        self.log_joint = fit.log_joint
-        self.design = Design(fit.structure.map)
-        directions = fit.structure.directions[:, : len(fit.numbers.variances)]
-        small = directions.shape[1] * directions.shape[0] <= 20_000_000
-        self.means: Any = directions.T.toarray() if small else sp.csr_array(directions.T)
-        self.spread = self._spread()
-        self._log_scale = fit.log_evidence  # log of q's mass times the joint at its mean
-
-    def _spread(self) -> np.ndarray:
-        """sd of each predictor under q, from draws: it shapes a proposal alone."""
-        rng = np.random.default_rng(11)
-        total = np.zeros(self.structure.map.shape[0])
-        count = 48
-        for _ in range(0, count, 16):
-            step = self.gaussian.deviations(rng.standard_normal((16, self.structure.size)).T)
-            total += np.square(self.structure.map @ step).sum(1)
-        return np.sqrt(total / count)
-
-    def refined(self) -> "Target":
-        """About the variational Gaussian: the mean and curvature that q's own draws see."""
-        fit = find_mode(self.structure, self.numbers, self.mean, self.spread)
-        better = Target(fit)
-        better.spread = self.spread
-        better.remainder = Remainder(
-            self.numbers, fit.eta, slopes(averaged(self.numbers, self.spread), fit.eta), fit.gaussian.weights
-        )
-        return better
-
-    remainder: Remainder
-
-    def rest(self, step: np.ndarray) -> np.ndarray:
-        """Remainders (batch, M) at mean + step (batch, n)."""
-        return self.remainder(self.design(step))
-
-    def means_term(self, step: np.ndarray) -> np.ndarray:
-        """log of the prior's directions at mean + step, which q has and blocks do not see, (batch,)."""
-        return -0.5 * (np.square(step @ self.means.T) / self.numbers.variances).sum(1)
-
-    def sd(self) -> np.ndarray:
-        """Of each variable under q: exact where the band is at most 1, else from draws."""
-        found = variances(self.gaussian.factor)
-        if found is not None:
-            if self.gaussian.response is not None:
-                response = self.gaussian.response
-                found = found - ((response @ self.gaussian.inverse) * response).sum(1)
-            return np.sqrt(np.maximum(found, 1e-300))
-        rng = np.random.default_rng(12)
-        step = self.gaussian.deviations(rng.standard_normal((64, self.structure.size)).T)
-        return np.sqrt(np.square(step).mean(1))
-
-
-@dataclass
-class State:
-    """Chains side by side: x = mean + step (batch, n), their observations' remainders (batch, M)."""
-
-    step: np.ndarray
-    rest: np.ndarray
-
-
-class Kernel:
-    """Moves of chains at one point."""
-
-    def __init__(self, target: Target, sweeps: list[list[Partition]], groups: Groups, temper: float = 1.0):
-        self.target, self.sweeps, self.groups, self.temper = target, sweeps, groups, temper
-        self.forget()
-        self._directions()
-
-    def forget(self) -> None:
-        """Acceptance is counted anew."""
-        self.accepted = [[np.zeros(p.num_blocks) for p in sweep] for sweep in self.sweeps]
-        self.tried = np.zeros(len(self.sweeps))
-
-    def _directions(self) -> None:
-        """Functionals b of x that move with all that responds to them: hubs, and the means of copies."""
-        structure, gaussian = self.target.structure, self.target.gaussian
-        columns = [np.eye(1, structure.size, int(hub)).ravel() for hub in self.groups.hubs]
-        num = len(self.target.numbers.variances)
-        for i in range(min(num, 20)):
-            if self.target.numbers.variances[i] > 0:
-                columns.append(structure.directions[:, [i]].toarray().ravel())
-        self.functionals = np.array(columns)
-        self.inertia = 0.0  # of the autoregression of b, raised until it is accepted often enough
-        self.frozen = False
-        if not len(columns):
-            return
-        response = gaussian.solve(np.asfortranarray(self.functionals.T))
-        spread = self.functionals @ response
-        spread = 0.5 * (spread + spread.T)
-        self.lower = np.linalg.cholesky(spread)
-        self.carry = scipy.linalg.cho_solve((self.lower, True), response.T)
-
-    def start(self, rng: np.random.Generator, count: int, inflate: float) -> State:
-        noise = rng.standard_normal((count, self.target.structure.size)).T
-        step = np.ascontiguousarray(inflate * self.target.gaussian.deviations(noise).T)
-        return State(step, self.target.rest(step))
-
-    def sweep(self, state: State, number: int, rng: np.random.Generator) -> None:
-        """Every variable once but those held: in place."""
-        num = len(self.sweeps)
-        if num:
-            k = (number + number // (4 * num)) % num
-            # Now and then a short step: independence proposals stay where q's tail is the lighter.
-            inertia = 0.0 if number % 4 else float(rng.uniform(0.3, 0.95))
-            for p, partition in enumerate(self.sweeps[k]):
-                accepted = self._blocks(state, partition, inertia, rng)
-                if inertia == 0.0:
-                    self.accepted[k][p] += accepted
-            if inertia == 0.0:
-                self.tried[k] += len(state.step)
-        if len(self.functionals) and (not num or state.step.shape[1] < 20_000 or number % 4 == 1):
-            self._shift(state, rng)
-
-    def _blocks(
-        self, state: State, partition: Partition, inertia: float, rng: np.random.Generator
-    ) -> np.ndarray:
-        target, factor, step = self.target, partition.factor, state.step
-        batch, blocks = len(step), partition.num_blocks
-        trial = factor.whiten_back(rng.standard_normal(step.shape).T).T
-        if inertia:
-            trial *= math.sqrt(1 - inertia**2)
-        centre = partition.centre(step)
-        if centre is not None:
-            trial += (1 - inertia) * centre if inertia else centre
-        if inertia:
-            trial += inertia * step
-        if not partition.all_free:
-            trial[:, partition.held] = step[:, partition.held]
-        rest = target.rest(trial)
-        labels = partition.row_labels(batch)
-        change = rest - state.rest
-        gain = np.bincount(labels, change.ravel(), batch * (blocks + 1)).reshape(batch, -1)
-        with np.errstate(invalid="ignore", over="ignore"):
-            accept = np.log(rng.uniform(size=gain.shape)) < self.temper * gain
-        accept[:, blocks] = False
-        moved = np.where(accept[:, partition.label], trial, step)
-        if len(target.numbers.variances):
-            ratio = target.means_term(moved) - target.means_term(step)
-            refused = np.log(rng.uniform(size=batch)) >= ratio
-            if refused.any():
-                accept[refused] = False
-                moved[refused] = step[refused]
-        state.step = moved
-        change *= accept[:, partition.row_label]
-        state.rest += change
-        return accept[:, :blocks].sum(0)
-
-    def _shift(self, state: State, rng: np.random.Generator) -> None:
-        now = state.step @ self.functionals.T
-        fresh = rng.standard_normal(now.shape) @ self.lower.T
-        then = self.inertia * now + math.sqrt(1 - self.inertia**2) * fresh
-        step = state.step + (then - now) @ self.carry
-        rest = self.target.rest(step)
-        gain = self.temper * (rest - state.rest).sum(1)
-        accept = np.log(rng.uniform(size=len(gain))) < gain
-        state.step = np.where(accept[:, None], step, state.step)
-        state.rest = np.where(accept[:, None], rest, state.rest)
-        if not self.frozen:
-            self.inertia = min(max(self.inertia + 0.04 * (0.5 - float(accept.mean())), 0.0), 0.999)
-
-    def acceptance(self) -> np.ndarray:
-        """Of each block of each partition."""
-        rates = [
-            a / max(tried, 1) for sweep, tried in zip(self.accepted, self.tried, strict=True) for a in sweep
-        ]
-        return np.concatenate(rates) if rates else np.ones(1)
-
-
-def _suitable(target: Target, groups: Groups, largest: int, rng: np.random.Generator) -> tuple[Kernel, int]:
-    """The largest blocks whose proposals are accepted well."""
-    size = largest
-    count = _together(target.structure.size, 8)
-    while True:
-        sweeps = partitions(target.structure, target.gaussian, groups, size, rng)
-        kernel = Kernel(target, sweeps, groups)
-        state, num = kernel.start(rng, count, 1.0), max(1, len(kernel.sweeps))
-        for number in range(1, 4 * num + 1):
-            kernel.sweep(state, number, rng)
-        kernel.forget()
-        for number in range(1, 8 * num + 1):
-            kernel.sweep(state, number, rng)
-        rates = kernel.acceptance()
-        enough = _GOOD_ACCEPTANCE if size > _LONG_BLOCK else _FAIR_ACCEPTANCE
-        if size <= 1 or (rates.mean() >= enough and np.quantile(rates, 0.02) >= _POOR_BLOCK):
-            if 1 < size <= 64:  # skew copies: single ones are accepted more often
-                sweeps += partitions(target.structure, target.gaussian, groups, max(1, size // 16), rng)
-                kernel = Kernel(target, sweeps, groups)
-            kernel.forget()
-            return kernel, size
-        size = max(1, size // 4)
-
-
-def _together(size: int, most: int) -> int:
-    """Chains that are moved as one batch: their state stays in the cache."""
-    return int(min(max(_CACHED // size, 1), most))
 
 
 def run_chains(
@@ -327,7 +57,7 @@ def run_chains(
     groups = Groups.of(target.structure)
     rng = task.generator(205, point)
     largest = min(target.structure.size, 16 * memory.get("size", target.structure.size))
-    kernel, memory["size"] = _suitable(target, groups, largest, rng)
+    kernel, memory["size"] = suitable_kernel(target, groups, largest, rng)
     chains = _Chains(task, point, target, kernel, kept, to_rows)
     good, reason, worst = chains.run()
     log_evidence, error = _evidence(task, point, target, kernel, probe, chains)
@@ -407,7 +137,7 @@ def _weighted(
         "certified": good,
         "reason": f"importance weights have khat {khat:.2f} and effective sample size {ess:.0f}"
         + ("" if good else f", wanted below {threshold:.2f} and at least {needed:.0f}"),
-        "log_evidence": target._log_scale + log_mean,
+        "log_evidence": target.log_scale + log_mean,
         "error": float(mean_error(torch.from_numpy(np.exp(rest - log_mean)), khat)),
         "khat": khat,
         "ess": ess,
@@ -432,7 +162,7 @@ class _Chains:
     ):
         self.task, self.point, self.target, self.kernel, self.to_rows = task, point, target, kernel, to_rows
         size = target.structure.size
-        self.short = _together(size, _SHORT_CHAINS)
+        self.short = together(size, _SHORT_CHAINS)
         self.kept, self.num = math.ceil(kept / self.short), 0  # of each short chain
         self.wanted = kept
         chains = range(task.num_chains)
@@ -573,7 +303,7 @@ def _evidence(
     spread_error = (var0 * math.sqrt(2 / len(first)) + var1 * math.sqrt(2 / max(totals.size / 4, 4))) / 48
     sampling = math.sqrt((error0 / 4) ** 2 + (error2 / 2) ** 2 + (error1 / 4) ** 2 + spread_error**2)
     error = math.hypot(sampling, 0.5 * (corrected - simpson))
-    return target._log_scale + corrected, error
+    return target.log_scale + corrected, error
 
 
 def _error_of_mean(values: np.ndarray) -> float:

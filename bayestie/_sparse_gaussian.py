@@ -1,0 +1,94 @@
+"""A Gaussian over the copies: sparse precision, and levels that are means as a low-rank part."""
+
+import math
+
+import numpy as np
+import scipy.linalg
+
+from bayestie._sparse_factor import NotPositive
+from bayestie._sparse_numbers import Numbers
+from bayestie._sparse_structure import Structure
+
+
+class Gaussian:
+    """N(mean, Q^-1) with Q = P + A^T W A + U D^-1 U^T, by Woodbury's formula around the sparse part.
+
+    Q^-1 = S - S U G U^T S with S the sparse inverse, C = U^T S U, G = (D + C)^-1; D = 0 is a constraint.
+    """
+
+    def __init__(self, structure: Structure, numbers: Numbers, weights: np.ndarray, mean: np.ndarray):
+        self.structure, self.mean, self.weights = structure, mean, weights
+        data = self.unpinned = numbers.precision + structure.curvature(weights)
+        variances = numbers.variances
+        if structure.pins:
+            diagonal = data[structure.pattern.row == structure.pattern.col]
+            pin = np.full(len(structure.pins), float(np.median(diagonal)))
+            data = data.copy()
+            np.add.at(data, structure.pin_places, pin)
+            variances = np.concatenate([variances, -1.0 / pin])
+        self.data, self.variances = data, variances
+        self.factor = structure.pattern.factor(data)
+        self.log_det = self.factor.log_det
+        if not structure.directions.shape[1]:
+            self.response = None
+            return
+        u = structure.directions
+        self.response = self.factor.solve(u.toarray(order="F"))  # S U
+        inner = u.T @ self.response
+        inner = 0.5 * (inner + inner.T)
+        both = np.diag(variances) + inner
+        sign, log_det = np.linalg.slogdet(both)
+        negative = int((variances < 0).sum())
+        if sign * (-1) ** negative <= 0:
+            raise NotPositive
+        self.inverse = np.linalg.inv(both)
+        self.log_det += log_det - float(np.log(np.abs(variances[variances != 0])).sum())
+        lower = np.linalg.cholesky(inner)
+        shrink = np.eye(len(inner)) - lower.T @ self.inverse @ lower
+        values, vectors = np.linalg.eigh(0.5 * (shrink + shrink.T))
+        half = np.eye(len(inner)) - (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans=1)
+        self.correction = scipy.linalg.solve_triangular(lower, back.T, lower=True, trans=1).T
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        out = self.factor.solve(right)
+        if self.response is not None:
+            out = out - self.response @ (self.inverse @ (self.response.T @ right))
+        return out
+
+    def deviations(self, noise: np.ndarray) -> np.ndarray:
+        """Standard normals (n, batch) to draws about the mean."""
+        out = self.factor.whiten_back(noise)
+        if self.response is not None:
+            out -= self.response @ (self.correction @ (self.structure.directions.T @ out))
+        return out
+
+    def draw(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`deviations` and their `square`, which costs nothing here: (n, batch) and (batch,)."""
+        out = self.factor.whiten_back(noise)
+        square = np.einsum("nb,nb->b", noise, noise)
+        if self.response is None:
+            return out, square
+        u = self.structure.directions
+        along = u.T @ out
+        moved = self.correction @ along
+        out -= self.response @ moved
+        inner = u.T @ self.response
+        square = square - 2 * (moved * along).sum(0) + (moved * (inner @ moved)).sum(0)
+        soft = self.variances != 0
+        at = (along - inner @ moved)[soft]
+        return out, square + (at**2 / self.variances[soft, None]).sum(0)
+
+    def square(self, step: np.ndarray) -> np.ndarray:
+        """(x - mean)^T Q (x - mean) of columns (n, batch); directions of known value have no part in it."""
+        total = (step * (self.structure.matrix(self.data) @ step)).sum(0)
+        if self.response is not None:
+            soft = self.variances != 0
+            at = (self.structure.directions.T @ step)[soft]
+            total = total + (at**2 / self.variances[soft, None]).sum(0)
+        return total
+
+    def log_density(self, step: np.ndarray) -> np.ndarray:
+        """Of mean + step (n, batch); the normaliser of the variables less their constraints."""
+        size = len(self.mean)
+        return -0.5 * self.square(step) + 0.5 * self.log_det - 0.5 * size * math.log(2 * math.pi)
