@@ -33,7 +33,7 @@ def link_of(constraint: Any) -> Any:
     try:
         return biject_to(constraint)
     except NotImplementedError:
-        return None
+        return None  # torch registers no map for it: the parameter itself is tried as the predictor
 
 
 def predictors_of(program: LaneProgram, position: Tensor, inputs: LaneInputs) -> dict[str, tuple[Any, dict]]:

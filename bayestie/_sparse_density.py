@@ -280,4 +280,6 @@ def build_sparse_density(program: LaneProgram) -> tuple[SparseDensity | None, st
     except NotSparse as error:
         return None, str(error)
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        # The model has been run with copies in place of what it states, and may fail in any way at that: it
+        # is not served, and the error says why.
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
