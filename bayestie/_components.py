@@ -132,15 +132,21 @@ class Component(Frozen, ABC):
 
 
 @dataclass(frozen=True)
-class Star(Component):
-    """Exchangeable copies around a hub: theta_k = level + sigma z_k."""
+class Sized(Component):
+    """A component stated by its number of copies, as all are but grids."""
 
     size: int
-    hub = True
 
     @property
     def num_copies(self) -> int:
         return self.size
+
+
+@dataclass(frozen=True)
+class Star(Sized):
+    """Exchangeable copies around a hub: theta_k = level + sigma z_k."""
+
+    hub = True
 
     @property
     def rank(self) -> int:
@@ -178,14 +184,8 @@ class Star(Component):
 
 
 @dataclass(frozen=True)
-class Complete(Component):
+class Complete(Sized):
     """Every pair tied: L = K I - 1 1^T, Householder basis."""
-
-    size: int
-
-    @property
-    def num_copies(self) -> int:
-        return self.size
 
     @property
     def num_edges(self) -> int:
@@ -290,15 +290,10 @@ class Lattice(Component):
 
 
 @dataclass(frozen=True)
-class Walk(Component):
+class Walk(Sized):
     """A chain whose level is its first copy: theta = level + sigma cumsum([0, z])."""
 
-    size: int
     anchored = True
-
-    @property
-    def num_copies(self) -> int:
-        return self.size
 
     @property
     def num_edges(self) -> int:
@@ -333,14 +328,8 @@ class Walk(Component):
 
 
 @dataclass(frozen=True)
-class Ring(Component):
+class Ring(Sized):
     """A cycle of at least three copies; real Fourier basis."""
-
-    size: int
-
-    @property
-    def num_copies(self) -> int:
-        return self.size
 
     @property
     def num_edges(self) -> int:
@@ -371,16 +360,11 @@ class Ring(Component):
 
 
 @dataclass(frozen=True)
-class Graph(Component):
+class Graph(Sized):
     """Any connected weighted graph; dense eigenvectors, O(K^3) once and O(K^2) per map."""
 
-    size: int
     pairs: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
-
-    @property
-    def num_copies(self) -> int:
-        return self.size
 
     @property
     def num_edges(self) -> int:

@@ -24,6 +24,11 @@ def _rebuild(cls, what, found, expected, fix):
     return cls(what, found=found, expected=expected, fix=fix)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough to stand in one of ours; it may say nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
 class TieError(BayestieError, ValueError):
     """A graph of copies that cannot be: a bad edge, weight, label or shape."""
 

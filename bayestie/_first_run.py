@@ -15,6 +15,7 @@ from bayestie._errors import (
     DuplicateSiteError,
     ModelError,
     ShapeError,
+    first_line,
 )
 from bayestie._messages import (
     base_distribution,
@@ -166,7 +167,7 @@ def explained(
                 f"argument '{name}'",
                 found=f"{int((~torch.isfinite(value)).sum())} NaN or infinite of {value.numel()} values",
                 expected="finite numbers",
-                fix=f"Clean or mask them; the model failed with: {str(error).splitlines()[0][:200]}",
+                fix=f"Clean or mask them; the model failed with: {first_line(error)}",
             )
     last = next(reversed(run.messages), None)
     where = "before its first site" if last is None else f"after site '{last}'"
@@ -203,7 +204,7 @@ def _tie_mismatch(error: Exception, run: FirstRun, arguments: Mapping[str, Any])
     return ShapeError(
         f"tied site '{name}' in a statement after site '{next(reversed(run.messages))}'",
         found=f"{num_copies} copies, data of shapes {lengths}{others}, and {type(error).__name__}: "
-        + str(error).strip().splitlines()[0][:200],
+        + first_line(error),
         expected="copies that line up with the data, or an index into them",
         fix="Give the tie as many copies as there are units, or index them: theta[unit].",
     )

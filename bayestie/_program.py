@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bayestie._errors import BayestieError, KeywordError, NoLatentError
+from bayestie._errors import BayestieError, KeywordError, NoLatentError, first_line
 from bayestie._first_run import FirstRun, explained
 from bayestie._lane import Enough, Lane, LaneInputs, Site
 from bayestie._messages import elementwise_family, is_deterministic, is_enumerated, plate_dims
@@ -253,7 +253,7 @@ class LaneProgram:
                     graph = make_fx(eager, _allow_non_fake_inputs=True)(position, *inputs.flat())
             except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
                 # Lanes stay a batch, untraced: a model that reads numbers off tensors (a sequential plate).
-                self.trace_failure = _first_line(error)
+                self.trace_failure = _described(error)
             else:
                 graph.graph.eliminate_dead_code()
                 graph.recompile()
@@ -294,7 +294,7 @@ class LaneProgram:
         return value_and_grad
 
     def _fall_back(self, error: Exception) -> None:
-        self.loop_reason = _first_line(error)
+        self.loop_reason = _described(error)
         name = getattr(self.model, "__name__", type(self.model).__name__)
         warnings.warn(
             f"model '{name}' cannot be vectorised over lanes, so lanes run one after another "
@@ -340,8 +340,8 @@ class LaneProgram:
         return self.points.unflatten([x[index] for x in self.points.flat()])
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_numerical(error: Exception) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayestie._copy_coordinates import Block, CopyProgram, NotSparse, Reading, sites_of
+from bayestie._errors import first_line
 from bayestie._families import Family, link_of
 from bayestie._messages import base_distribution
 from bayestie._program import LaneProgram
@@ -282,4 +283,4 @@ def build_sparse_density(program: LaneProgram) -> tuple[SparseDensity | None, st
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         # The model has been run with copies in place of what it states, and may fail in any way at that: it
         # is not served, and the error says why.
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None, f"{type(error).__name__}: {first_line(error)}"
