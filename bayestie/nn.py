@@ -92,6 +92,14 @@ class Copies:
         state = {name: x[copy] for name, x in (*self.parameters.items(), *self.buffers.items())}
         return lambda *args, **kwargs: _call(self.module, state, args, kwargs)
 
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """Parameters `{prefix}.{copy}.{name}`, as a module that lists the copies names them, for `bind`.
+
+        An empty prefix is that of a list itself, such as nn.Sequential.
+        """
+        lead = f"{prefix}." if prefix else ""
+        return {f"{lead}{k}.{one}": x[k] for one, x in self.parameters.items() for k in range(len(self))}
+
     def map(self, *inputs: Tensor) -> Any:
         """Every copy on its own inputs: each input leads with a dim of size K, and so does the output."""
 

@@ -34,7 +34,10 @@ MODELS = [
     "soft_convolution",
     "soft_filter",
     "tied_autoencoder",
+    "transformer_tying",
 ]
+# Keywords that are strengths, where it is not `sigma` alone.
+STRENGTHS = {"transformer_tying": ["sigma_embedding", "sigma_depth"]}
 FOLDER = Path(__file__).parent.parent / "models"
 
 
@@ -52,6 +55,10 @@ def _trace(model, arguments, **keywords):
     finally:
         torch.set_default_dtype(torch.float32)
     return trace
+
+
+def _strengths(name, sigma):
+    return dict.fromkeys(STRENGTHS.get(name, ["sigma"]), sigma)
 
 
 def _arguments(data):
@@ -78,16 +85,17 @@ def test_imports_only_pyro_torch_and_bayestie(name):
 def test_sigma_is_keyword_only_and_data_are_arguments(name):
     model, data = _load(name)
     parameters = inspect.signature(model).parameters
-    assert parameters["sigma"].kind is inspect.Parameter.KEYWORD_ONLY
+    strengths = _strengths(name, 1.0)
+    assert all(parameters[one].kind is inspect.Parameter.KEYWORD_ONLY for one in strengths)
     assert set(_arguments(data)) < set(parameters)
-    inspect.signature(model).bind(**_arguments(data), sigma=1.0)
+    inspect.signature(model).bind(**_arguments(data), **strengths)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 @pytest.mark.parametrize("name", MODELS)
 def test_runs_under_validation_with_labels_that_fit(name, sigma):
     model, data = _load(name)
-    trace = _trace(model, _arguments(data), sigma=sigma)
+    trace = _trace(model, _arguments(data), **_strengths(name, sigma))
     assert torch.isfinite(torch.as_tensor(trace.log_prob_sum()))
     sizes = {f.name: f.size for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())}
     for dim, labels in data["coords"].items():

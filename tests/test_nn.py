@@ -117,6 +117,16 @@ def test_blocks_over_depth_at_zero_are_the_iterated_block():
     assert torch.equal(copies.iterate(x), expected)
 
 
+def test_named_copies_fit_the_module_that_lists_them():
+    stack = nn.Sequential(*(Block() for _ in range(3)))
+    copies, _ = draw(lambda: bt.nn.tied_modules("block", Block(), bt.Tie.chain(3), 0.7, bt.nn.fan_in()))
+    deep, x = nn.ModuleDict({"blocks": stack}), torch.randn(7, 3)
+    named = copies.named("blocks")
+    assert set(named) == {name for name, _ in deep.named_parameters()}
+    assert torch.equal(bt.nn.bind(stack, copies.named(""))(x), copies.iterate(x))
+    assert not torch.equal(named["blocks.0.net.0.weight"], named["blocks.2.net.0.weight"])
+
+
 @pytest.mark.parametrize("form", ["copies", "matched"])
 def test_infinity_is_independent_modules(form):
     tie = bt.Tie.complete(3)
