@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 
 import bayestie as bt
-from analyses._claims import Claim, Curve, Finding, Plot, conclude
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
 from models.bias_variance import bias_variance, data, truth
 

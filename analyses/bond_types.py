@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import bayestie as bt
-from analyses._claims import Claim, Curve, Finding, Plot, conclude
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
 from models.bond_types import CONSTANTS, bond_types, data
 

@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from analyses._claims import Claim, Curve, Finding, Plot, conclude
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
 from models.curriculum import TRUTH, curriculum, data
 

@@ -15,7 +15,8 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 import bayestie as bt
-from analyses._claims import Claim, Curve, Finding, Plot, conclude
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
 from models.tied_autoencoder import data, tied_autoencoder
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import bayestie as bt
-from analyses._claims import Claim, Curve, Finding, Plot, conclude, slope
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot, slope
 from analyses._command import read_options
 from models.soft_filter import data, soft_filter
 

@@ -6,10 +6,12 @@ expectation nor an error too wide to exclude anything passes.
 
 import importlib
 import math
+import re
 
 import pytest
 
-from analyses._claims import Finding
+from analyses._claim_pages import index_page
+from analyses._claims import Claim, Curve, Finding, Plot
 
 ANALYSES = {
     "adamw_decay": "C13",
@@ -26,6 +28,7 @@ ANALYSES = {
     "soft_convolution": "digits",
     "tied_autoencoder": "C9, C12",
     "toeplitz": "C5",
+    "transformer_tying": "C15",
 }
 
 # Analysis -> words that a finding begins with -> (number of the claim, widest tolerance that still tells).
@@ -105,6 +108,11 @@ NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
         "prior: power": (1, 0.05),
         "posterior: power": (1, 0.05),
     },
+    "transformer_tying": {
+        "parameters at sigma = 0": (291, 0.5),
+        "parameters without ties": (523, 0.5),
+        "output at sigma = 0": (0, 1e-12),
+    },
 }
 
 
@@ -139,15 +147,49 @@ def test_full_run_writes_the_report_of_its_sweep(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_gallery_has_a_row_per_finding(tmp_path, monkeypatch):
+def test_gallery_shows_every_finding_and_plot(tmp_path, monkeypatch):
     gallery = importlib.import_module("analyses.gallery")
     assert sorted(gallery.ANALYSES) == sorted(ANALYSES)
-    monkeypatch.setattr(gallery, "ANALYSES", ("penalty",))
+    monkeypatch.setattr(gallery, "ANALYSES", ("bond_types", "penalty"))
     index = tmp_path / "gallery.html"
     claims = gallery.main(["--smoke", "--out", str(index)])
     text = index.read_text(encoding="utf-8")
-    assert text.count("<tr>") == 1 + len(claims["penalty"].findings)
-    assert 'href="penalty.html"' in text and (tmp_path / "penalty.html").exists()
+    num_findings = sum(len(claim.findings) for claim in claims.values())
+    assert text.count("<tr>") == len(claims) + num_findings
+    assert f"{num_findings} of {num_findings} findings hold" in text
+    assert text.count("<svg") == 2
+    # C7 stands before C16, whatever order they ran in.
+    assert 0 < text.index('<section id="C7"') < text.index('<section id="C16"')
+    for name in claims:
+        assert f'href="{name}.html"' in text and (tmp_path / f"{name}.html").exists()
+
+
+def claim(row, *findings):
+    plot = Plot("sigma", "score", [Curve("found", [0.0, 1.0], [0.0, 2.0], [0.1, 0.1])], x_scale="symlog")
+    return Claim(row, "a < b", findings, plot)
+
+
+def test_index_says_what_fails_and_names_each_part_once():
+    right, wrong = Finding("right", 1.0, 1.0), Finding("wrong", 1.0, 2.0)
+    page = index_page(
+        {"late": claim("C9, C12", right, wrong), "early": claim("C2", right), "no": claim("digits")}
+    )
+    assert "2 of 3 findings hold, <b>1 fails</b>" in page
+    assert [page.count(f'href="#{row}"') for row in ("C2", "C9", "C12", "digits")] == [1, 1, 1, 1]
+    assert page.count('class="fails"') == 3  # a row of the table, and its claim's two links
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and {"C2", "C9", "C12", "digits"} <= set(ids)
+    # What a plot refers to is its own.
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
+    assert "a &lt; b" in page
+    assert page == index_page(
+        {"late": claim("C9, C12", right, wrong), "early": claim("C2", right), "no": claim("digits")}
+    )
+
+
+def test_every_claim_has_an_analysis():
+    rows = {row for claimed in ANALYSES.values() for row in claimed.split(", ")}
+    assert rows == {f"C{number}" for number in range(1, 17)} | {"digits"}
 
 
 def test_every_claim_is_stated_with_its_numbers():
