@@ -15,7 +15,8 @@ from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 
 import bayestie as bt
-from analyses._claims import Claim, Curve, Finding, Plot, conclude
+from analyses._claim_pages import conclude
+from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
 from models.soft_convolution import CONV, HEAD, data, soft_convolution
 
@@ -31,7 +32,9 @@ def bayesian(sigma: float, train: dict[str, Any], test: dict[str, Any], num_step
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = AutoNormal(soft_convolution, init_scale=0.02)
-    svi = SVI(soft_convolution, guide, ClippedAdam({"lr": 0.03}), Trace_ELBO())
+    # At a constant rate the guide of many kernels is lost in its own noise.
+    rate = {"lr": 0.03, "lrd": 0.03 ** (1 / num_steps)}
+    svi = SVI(soft_convolution, guide, ClippedAdam(rate), Trace_ELBO())
     for _ in range(num_steps):
         svi.step(**train, sigma=sigma)
     run: Any = Predictive(guide, num_samples=30)
@@ -79,14 +82,14 @@ def classical(
 def main(argv: Sequence[str] | None = None) -> Claim:
     """Fit 200 digits at several strengths, and score the others."""
     options = read_options(__doc__, "soft_convolution.html", argv)
-    num_steps = 250 if options.smoke else 1500
+    num_steps = 120 if options.smoke else 1500
     strengths = [0.0, float("inf")] if options.smoke else bt.strengths(0.03, 3.0, 7, hard=True, free=True)
     names = ("images", "digit")
     train, test = data(options.seed), data(options.seed, test=True)
     train, test = {n: train[n] for n in names}, {n: test[n] for n in names}
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
             found = [bayesian(s, train, test, num_steps, options.seed) for s in strengths]
             hard = classical(lambda: nn.Conv2d(1, 4, 3, stride=2), train, test, num_steps, options.seed)
             free = classical(LocallyConnected, train, test, num_steps, options.seed)
@@ -103,16 +106,10 @@ def main(argv: Sequence[str] | None = None) -> Claim:
         Finding(f"{name}: test accuracy", 0.8, float(right.mean()), float(right.std() / root), kind="above")
         for name, (right, _) in nets.items()
     ]
-    gain = found[0][1] - found[-1][1]
-    findings.append(
-        Finding(
-            "log score per test image, one kernel less a kernel per place",
-            0.0,
-            float(gain.mean()),
-            float(gain.std() / root),
-            kind="above",
-        )
-    )
+    if not options.smoke:  # a guide that has not settled says nothing of the strength
+        gain = found[0][1] - found[-1][1]
+        what = "log score per test image, one kernel less a kernel per place"
+        findings.append(Finding(what, 0.0, float(gain.mean()), float(gain.std() / root), kind="above"))
     axis = np.where(np.isinf(strengths), 10.0, strengths)
     log_scores = np.array([float(s[1].mean()) for s in found])
     errors = np.array([float(s[1].std()) / root for s in found])
@@ -131,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> Claim:
     plot = Plot("sigma (10: none)", "test log score per image", curves, x_scale="symlog")
     statement = (
         "With 200 digits to learn from, sharing one kernel over all places scores better than a kernel per "
-        "place, under the same mean-field guide and number of steps. PyTorch's own layers, trained as long, "
-        "stand beside them in the plot: a mean-field guide need not beat them."
+        "place, where both have the same mean-field guide and it has settled. PyTorch's own layers, trained "
+        "as long and not averaged, score better than either, and the locally connected one better than the "
+        "convolution: digits stand in the middle of their image, where places are not alike, and what a "
+        "mean-field guide loses it loses with every weight."
     )
     return conclude(Claim("digits", statement, findings, plot), options)
 

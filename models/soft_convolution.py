@@ -25,7 +25,7 @@ def soft_convolution(images, digit, *, sigma):
         digit: 0 to 9, shape (n,).
         sigma: prior sd scale of a difference of neighbouring kernels, >= 0 or inf; form `matched`.
     """
-    base = dist.Normal(0.0, 0.5)
+    base = dist.Normal(0.0, 1.5)
     layer = bt.nn.soft_conv2d("conv", CONV, (8, 8), sigma, base, form="matched")
     head = bt.nn.bind(HEAD, bt.nn.free_parameters("head", HEAD, bt.nn.fan_in(4.0)))
     logits = head(torch.tanh(layer(images[:, None])).flatten(1))
