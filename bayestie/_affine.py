@@ -5,6 +5,7 @@ a gradient is two matrix products and an elementwise function, and curvature is 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from bayestie._density import MAX_ELEMENTS, triangular_axes
 from bayestie._families import Family
 from bayestie._latent_scale import LatentScale, ScaleSite, latent_scale
 from bayestie._linear_map import LinearMap
+from bayestie._noise_axes import NoiseAxes, find_noise_axes
 from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
 from bayestie._workers import in_worker, run_all, scratch
@@ -175,6 +177,14 @@ class AffineDensity:
             batch = max(_NARROWEST, self.elements // (max(1, self.matrix.shape[1]) * len(here.points)))
             for start in range(0, position.shape[1], batch):
                 yield here, some, slice(start, start + batch)
+
+    @functools.cached_property
+    def noise_axes(self) -> NoiseAxes | None:
+        """Axes that make single numbers of everything, where all is Gaussian given one noise."""
+        if self.latent_scale is None or self.quadratic is None or self.families:
+            return None
+        with torch.no_grad():
+            return find_noise_axes(self.latent_scale, self.quadratic)
 
     @property
     def is_threadable(self) -> bool:

@@ -18,8 +18,10 @@ RESERVED = (
     "coords",
     "keep",
     "guide",
+    "schedule",
     "progress",
     "out",
+    "executor",
 )
 
 

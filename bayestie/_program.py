@@ -1,6 +1,7 @@
 """Pyro model -> lane program: one pure function of a flat unconstrained vector, batched over lanes."""
 
 import contextlib
+import copy
 import math
 import warnings
 from collections import Counter
@@ -330,6 +331,13 @@ class LaneProgram:
             pyro.get_param_store().scope(self.params) if self.params["params"] else contextlib.nullcontext(),
         ):
             yield
+
+    def take(self, points: Tensor) -> "LaneProgram":
+        """The program at some of its points; what was compiled is shared."""
+        some = copy.copy(self)
+        some.points = self.points.take(points)
+        some.swept, some.num_points = some.points.swept, len(points)
+        return some
 
     def point_inputs(self, points: Tensor) -> LaneInputs:
         """Lane inputs for the sweep's points named by the index tensor ``points``, shape (lanes,)."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from bayestie._density import ProgramDensity
 from bayestie._engines import (
     Draws,
     Interrupted,
+    LaplaceFit,
     LaplaceProposal,
     Task,
     run_laplace,
@@ -36,6 +38,7 @@ from bayestie._errors import InferenceError, OptionError
 from bayestie._program import LaneProgram
 from bayestie._results import save
 from bayestie._run_context import resolve_device
+from bayestie._schedule import checked_schedule, follow
 from bayestie._shards import run_in_shards
 from bayestie._sparse_density import SparseDensity, build_sparse_density
 from bayestie._sweep_options import (
@@ -99,6 +102,7 @@ def fit(
     target_ess: float = 400,
     device: str | torch.device | None = None,
     guide: str | None = None,
+    schedule: Mapping[str, Sequence[float]] | None = None,
     keep: Sequence[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
@@ -120,6 +124,10 @@ def fit(
         target_ess: bulk and tail effective sample size wanted for every quantity.
         device: ``"cpu"`` (default), ``"cuda"``.
         guide: of the engines svi and pyro_svi: ``"mean_field"``, ``"low_rank"`` or ``"full_rank"``.
+        schedule: strengths to pass through on the way to the one asked for,
+            ``{"sigma": strengths(0.1, 30, 12)[::-1]}``: the search for the mode, or the guide of engine svi,
+            begins at the first of them, where it may be easy, and carries the copies along. What is
+            sampled in the end is the same; of several modes another may be found.
         keep: groups to store, of ``posterior``, ``log_likelihood``, ``log_prior``,
             ``posterior_predictive``, ``overlap``; by default all that fit in memory comfortably.
         dims: names of a variable's axes, as in ArviZ: ``{"theta": ["school"]}``. Axes of plates carry
@@ -153,7 +161,8 @@ def fit(
     """
     options = Options(
         engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
-        device=device, guide=guide, keep=keep, dims=dims, coords=coords, progress=progress, out=out,
+        device=device, guide=guide, schedule=schedule, keep=keep, dims=dims, coords=coords, progress=progress,
+        out=out,
     )  # fmt: skip
     return _run("fit", model, args, kwargs, {}, options)
 
@@ -170,6 +179,7 @@ def sweep(
     target_ess: float = 400,
     device: str | torch.device | None = None,
     guide: str | None = None,
+    schedule: Mapping[str, Sequence[float]] | None = None,
     keep: Sequence[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
@@ -192,6 +202,8 @@ def sweep(
         target_ess: bulk and tail effective sample size wanted for every quantity at every strength.
         device: ``"cpu"`` or ``"cuda"``.
         guide: of the variational engines.
+        schedule: strengths every fit passes through first, as in `fit`; a strength leaves a falling schedule
+            where that would go below it.
         keep: groups to store.
         dims: names of a variable's axes.
         coords: labels of a dimension.
@@ -215,7 +227,8 @@ def sweep(
     values = checked_over(over)
     options = Options(
         engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
-        device=device, guide=guide, keep=keep, dims=dims, coords=coords, progress=progress, out=out,
+        device=device, guide=guide, schedule=schedule, keep=keep, dims=dims, coords=coords, progress=progress,
+        out=out,
     )  # fmt: skip
     if executor is None:
         return _run("sweep", model, args, kwargs, values, options)
@@ -233,6 +246,8 @@ def _sweep_in_shards(
     # Bad input is met here, before anything is sent out.
     check_executor(executor)
     check_clash(kwargs, swept)
+    if options.schedule is not None:
+        checked_schedule(options.schedule, swept, kwargs)
     device, seed = resolve_device(options.device), options.seed
     first = {name: torch.tensor(values[:1], dtype=torch.float64) for name, values in swept.items()}
     program = LaneProgram(model, args, kwargs, first, device=device, seed=seed)
@@ -257,6 +272,7 @@ def _run(
     begin = time.perf_counter()
     check_clash(kwargs, swept)
     engine, out = options.engine, options.out
+    schedule = None if options.schedule is None else checked_schedule(options.schedule, swept, kwargs)
     grid = list(itertools.product(*swept.values()))
     points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
     program = LaneProgram(
@@ -289,13 +305,16 @@ def _run(
         "density_route": task.density.route if sparse is None else sparse.route,
         "num_latent": program.num_latent,
     }
+    if schedule is not None:
+        attrs["schedule"] = json.dumps({name: values.tolist() for name, values in schedule.items()})
     assembly = Assembly(
         task, swept, attrs, options.keep, dict(options.dims or {}), dict(options.coords or {})
     )
     if sparse is None:
         check_start(task)
     try:
-        draws, gaussian = run_engine(engine, task)
+        fit = None if schedule is None else _follow(schedule, engine, task)
+        draws, gaussian = run_engine(engine, task, fit)
     except Interrupted as interruption:
         if out is not None and (finished := assembly.partial(interruption.draws, begin)) is not None:
             save(finished, out)
@@ -316,8 +335,28 @@ def _run(
 PACKAGES = {"bayestie": "bayestie", "torch": "torch", "pyro": "pyro-ppl", "arviz": "arviz"}
 
 
-def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
-    """Draws at every point by the named engine, with the Laplace fit that gives their evidence."""
+def _follow(schedule: dict[str, np.ndarray], engine: str, task: Task) -> LaplaceFit:
+    if task.program.num_latent > MAX_DENSE:
+        raise InferenceError(
+            "schedule",
+            found=f"{task.program.num_latent} latent dimensions",
+            expected=f"at most {MAX_DENSE} (modes are looked for with dense curvature)",
+            fix="Leave it out.",
+        )
+
+    def make_task(program: LaneProgram) -> Task:
+        return replace(task, program=program, density=build_density(program))
+
+    return follow(task, schedule, make_task, variational=engine == "svi")
+
+
+def run_engine(
+    engine: str, task: Task, fit: LaplaceFit | None = None
+) -> tuple[Draws, LaplaceProposal | None]:
+    """Draws at every point by the named engine, with the Laplace fit that gives their evidence.
+
+    ``fit`` is that fit where it is known already.
+    """
     if engine == "pyro_nuts":
         return run_pyro_nuts(task), None
     if engine == "pyro_svi":
@@ -333,8 +372,10 @@ def run_engine(engine: str, task: Task) -> tuple[Draws, LaplaceProposal | None]:
             fix="Use engine='svi' with guide='mean_field' or 'low_rank'.",
         )
     if engine == "svi":
-        return run_svi(task), None
-    draws, gaussian = run_laplace(task, max_pool=16 if engine == "laplace" else 4 if engine == "auto" else 1)
+        return run_svi(task, fit), None
+    draws, gaussian = run_laplace(
+        task, fit, max_pool=16 if engine == "laplace" else 4 if engine == "auto" else 1
+    )
     refused = [i for i, ok in enumerate(draws.certified) if engine == "nuts" or not ok]
     if engine == "laplace" or not refused:
         return draws, gaussian

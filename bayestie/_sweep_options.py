@@ -39,6 +39,7 @@ class Options:
     target_ess: float
     device: str | torch.device | None
     guide: str | None
+    schedule: Mapping[str, Sequence[float]] | None
     keep: Sequence[str] | None
     dims: Mapping[str, Sequence[str]] | None
     coords: Mapping[str, Sequence[Any]] | None
@@ -48,6 +49,13 @@ class Options:
     def __post_init__(self) -> None:
         check_options(self.engine, self.num_chains, self.num_draws, self.target_ess, self.guide)
         _check_seed(self.seed)
+        if self.schedule is not None and self.engine.startswith("pyro_"):
+            raise OptionError(
+                "schedule",
+                found=f"engine '{self.engine}'",
+                expected="one of auto, laplace, nuts, svi",
+                fix="Leave one of them out: Pyro's engines run at one strength each.",
+            )
         if self.out is not None:
             _check_place(self.out)
 

@@ -7,7 +7,7 @@ from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
 from bayestie._engines._sparse import run_sparse
 from bayestie._engines._streamed import QUANTILES
-from bayestie._engines._svi import run_svi
+from bayestie._engines._svi import run_svi, settle_guide
 
 __all__ = [
     "QUANTILES",
@@ -23,4 +23,5 @@ __all__ = [
     "run_pyro_svi",
     "run_sparse",
     "run_svi",
+    "settle_guide",
 ]

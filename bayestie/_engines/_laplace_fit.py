@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayestie._affine import AffineDensity
 from bayestie._engines._protocol import Task
 
 MAX_ITERATIONS = 100
@@ -53,16 +54,28 @@ class LaplaceFit:
         return -0.5 * z.square().sum(-1) - 0.5 * dim * math.log(2.0 * math.pi) - self.log_det.unsqueeze(1)
 
 
-def fit_laplace(task: Task, points: Tensor) -> LaplaceFit:
-    """Mode and curvature at every point, from the origin and, on a few points, from other starts too."""
+def fit_laplace(task: Task, points: Tensor, start: Tensor | None = None, *, only: bool = False) -> LaplaceFit:
+    """Mode and curvature at every point.
+
+    The mode is looked for from ``start`` (P, D), the origin without one, and, unless from there ``only``,
+    on a few points from other starts too.
+    """
     density, dim = task.density, task.density.num_latent
-    origin = task.normals((len(points), dim), 101) * 1e-3
-    mode, value, converged = _newton(task, points, origin)
+    axes = density.noise_axes if isinstance(density, AffineDensity) else None
+    if axes is not None:
+        return _gaussian_at(task, points, *axes.take(points).modes())
+    start = task.normals((len(points), dim), 101) * 1e-3 if start is None else start
+    mode, value, converged = _newton(task, points, start)
     num_modes = torch.ones(len(points), dtype=torch.long, device=points.device)
-    if not _is_log_concave(task):
+    if not (only or _is_log_concave(task)):
         mode, value, converged, num_modes = _other_starts(task, points, mode, value, converged, num_modes)
-    precision = -density.hessian(points, mode)
-    factor, log_det, positive = _covariance_factor(precision)
+    return _gaussian_at(task, points, mode, num_modes, converged)
+
+
+def _gaussian_at(
+    task: Task, points: Tensor, mode: Tensor, num_modes: Tensor, converged: Tensor
+) -> LaplaceFit:
+    factor, log_det, positive = _covariance_factor(-task.density.hessian(points, mode))
     return LaplaceFit(points, mode, factor, log_det, converged & positive, num_modes)
 
 

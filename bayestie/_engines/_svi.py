@@ -11,7 +11,7 @@ size asked for could show, or by less than a hundredth of what the family itself
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ MAX_FULL_RANK, MAX_LOW_RANK = 200, 2000  # latents up to which a guide is the de
 NUM_PARTICLES = 16  # draws per step, in antithetic pairs
 NUM_JUDGES = 128  # draws that compare guides after an epoch, in antithetic pairs
 MAX_STEPS = 3000
+STAGE_STEPS = 200  # of a stage of a schedule: the next one goes on from wherever it is
 FIRST_EPOCH, LONGEST_EPOCH = 40, 400
 FIRST_RATE = 0.2
 GAIN = 0.1  # nats that an epoch must win to keep its rate
@@ -62,6 +63,16 @@ def run_svi(task: Task, fit: LaplaceFit | None = None) -> Draws:
             raise
         raise Interrupted(_draws(task, name, optimiser, fit, done, begin)) from interrupt
     return _draws(task, name, optimiser, fit, task.points, begin)
+
+
+def settle_guide(task: Task, fit: LaplaceFit) -> Tensor:
+    """Means (P, D) of the guides after at most `STAGE_STEPS` steps, for a stage of a strength schedule."""
+    name = guide_name(task)
+    stage = replace(task, options={**task.options, "max_steps": STAGE_STEPS})
+    curvature = None if name == "full_rank" else _curvature(fit)
+    optimiser = _Optimiser(stage, start_guide(stage, name, fit), curvature)
+    optimiser.run()
+    return optimiser.guide.loc
 
 
 def guide_name(task: Task) -> str:
