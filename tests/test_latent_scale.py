@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import moments
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ from bayestie._build_density import build_density
 from bayestie._density import ProgramDensity
 from bayestie._engines._conditional import conditional_proposal
 from bayestie._engines._laplace_fit import fit_laplace
+from bayestie._engines._noise_coordinates import noise_coordinates
 from bayestie._engines._protocol import Task
 from bayestie._program import LaneProgram
 
@@ -97,8 +99,7 @@ def test_draws_are_exact_given_the_noise():
     program = program_of(known_ratios)
     density = build_density(program)
     task = Task(program, density, 3, 4, 250, 400.0, 0, lambda event: None)
-    mode = fit_laplace(task, task.points).mode
-    proposal = conditional_proposal(task, task.points, mode)
+    proposal = conditional_proposal(task, task.points)
     assert proposal is not None
     position, log_density = proposal.propose(numbers(3, 2000, program.num_latent, seed=5))
     close(proposal.log_density(position), log_density, 1e-10)
@@ -107,6 +108,65 @@ def test_draws_are_exact_given_the_noise():
     assert float((ratio.amax(1) - ratio.amin(1)).max()) < 2e-3
     kept = proposal.take(torch.tensor([2]))
     close(kept.log_density(position[2:]), log_density[2:], 1e-10)
+
+
+@pytest.mark.parametrize("model", [plain, known_ratios])
+def test_the_axes_give_the_density_its_gradient_and_its_mode(model):
+    program = program_of(model)
+    density = build_density(program)
+    assert isinstance(density, AffineDensity) and density.noise_axes is not None
+    task = Task(program, density, 3, 4, 250, 400.0, 0, lambda event: None)
+    fit = fit_laplace(task, task.points)
+    assert bool(fit.converged.all()) and fit.num_modes.tolist() == [1, 1, 1]
+    _, grad = density.value_and_grad(task.points, fit.mode.unsqueeze(1))
+    close(grad, torch.zeros_like(grad), 1e-8)
+    coordinates = noise_coordinates(task, fit)
+    assert coordinates is not None
+    some = coordinates.take(torch.tensor([2, 0]))
+    for at, points in ((coordinates, [0, 1, 2]), (some, [2, 0])):
+        z = 2.0 * numbers(len(points), 6, program.num_latent, seed=8)
+        position = at.to_position(z)
+        value, _, grad = at.evaluate(z)
+        expected, by_position = density.value_and_grad(torch.tensor(points), position)
+        close(value, expected, 1e-10)
+        # A linear map: its Jacobian by differences of positions is exact.
+        steps = torch.eye(program.num_latent, dtype=torch.float64)
+        origin = at.to_position(torch.zeros_like(z[:, :1]))
+        jacobian = at.to_position(steps.expand(len(points), -1, -1)) - origin
+        close(grad, by_position @ jacobian.mT, 1e-10)
+
+
+def test_two_modes_of_the_noise_are_seen():
+    """The prior says a little noise or much: the data sit between."""
+
+    class Either(dist.Normal):
+        """Half N(-loc, scale), half N(loc, scale)."""
+
+        def log_prob(self, value):
+            both = [dist.Normal(sign * self.loc, self.scale).log_prob(value) for sign in (-1.0, 1.0)]
+            return torch.logaddexp(*both) - np.log(2.0)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        log_noise = pyro.sample("log_noise", Either(1.5, 0.15))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mean, log_noise.exp()), obs=y)
+
+    tree = bt.fit(model, torch.tensor([-1.2, 0.1, 1.1]), engine="laplace", seed=0)
+    assert not tree.sweep.certified.item()
+    assert "more than one mode" in tree.sweep.reason.item()
+
+
+def test_nuts_in_the_axes_has_the_moments_of_independent_draws():
+    over = {"sigma": [0.3, 2.0]}
+    chains = bt.sweep(plain, Y, over=over, engine="nuts", seed=1)
+    drawn = bt.sweep(plain, Y, over=over, engine="laplace", seed=2, num_draws=4000)
+    assert bool(chains.sweep.certified.all()) and bool(drawn.sweep.certified.all())
+    for sigma in over["sigma"]:
+        mine, theirs = (moments.Sample.of(tree, ["theta", "noise"], sigma=sigma) for tree in (chains, drawn))
+        for (a, a_error), (b, b_error) in ((mine.mean, theirs.mean), (mine.sd, theirs.sd)):
+            z = np.abs(a - b) / np.hypot(a_error, b_error)
+            assert z.max() < moments.limit(4 * len(z))
 
 
 def test_evidence_and_moments_are_those_of_quadrature():

@@ -1,14 +1,11 @@
 """Exact draws where a posterior is Gaussian given one unknown noise standard deviation.
 
-u = (h, x): with the noise's log sd h held, x is Gaussian of precision P + lambda G, lambda = exp(-2 rate h),
-P the prior's and G the data's. In the eigenvectors of G relative to P everything is a scalar at any h: the
-marginal posterior of h is known pointwise, is put on a fine grid and drawn from, and x follows from its
-conditional. The same decomposition as in Bates and DebRoy (2004) for mixed models, and the way of INLA (Rue,
-Martino and Chopin 2009) with a Gaussian likelihood; the importance weights check the grid.
+In the axes of `_noise_axes` everything is a scalar at any noise: its marginal posterior is known pointwise,
+is put on a fine grid and drawn from, and the other latents follow from their conditional. The way of INLA
+(Rue, Martino and Chopin 2009) with a Gaussian likelihood; the importance weights check the grid.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +15,7 @@ from bayestie._affine import AffineDensity
 from bayestie._engines._axes import AxisProposal, fine_edges, piecewise
 from bayestie._engines._by_points import ByPoints
 from bayestie._engines._protocol import Task
-
-_GRID = 41  # values of h tried at once while its mode is looked for
-_ZOOMS = 6
-_WIDEST = 8.0  # how far from the joint mode that of the marginal may be
+from bayestie._noise_axes import WIDEST, NoiseAxes, maxima, slope_and_bend
 
 
 @dataclass
@@ -77,65 +71,32 @@ class ConditionalProposal(ByPoints):
         return -(0.5 * noise.square() + sd.log()).sum(-1) - constant - self.log_det.unsqueeze(1)
 
 
-def conditional_proposal(task: Task, points: Tensor, mode: Tensor) -> ConditionalProposal | None:
-    """The proposal at ``points`` with their joint modes (P, D); None where the model is not of this kind."""
+def conditional_proposal(task: Task, points: Tensor) -> ConditionalProposal | None:
+    """The proposal at ``points``; None where the model is not of this kind."""
     density = task.density
-    if not isinstance(density, AffineDensity) or density.families:
+    if not isinstance(density, AffineDensity) or density.noise_axes is None:
         return None
-    if density.latent_scale is None or density.quadratic is None:
-        return None
-    scale, quadratic = density.latent_scale.take(points), density.quadratic.take(points)
-    j = scale.column
-    keep = torch.tensor([i for i in range(density.num_latent) if i != j], device=points.device)
-    prior = -quadratic.curvature[:, keep][:, :, keep]
-    data = 0.5 * scale.squares.curvature[:, keep][:, :, keep]
-    # Written about the joint mode, where sums of squares are near their least.
-    centre = mode[:, keep]
-    squares, slope = (x.squeeze(1) for x in scale.squares.value_and_grad(mode.unsqueeze(1)))
-    _, pull = (x.squeeze(1) for x in quadratic.value_and_grad(mode.unsqueeze(1)))
-    factor, info = torch.linalg.cholesky_ex(prior)
-    if bool((info != 0).any()):
-        return None
-    # Whitened by the prior, then turned to the eigenvectors of what the data add.
-    half = torch.linalg.solve_triangular(factor, data, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    eigenvalues, vectors = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
-    eigenvalues = eigenvalues.clamp(min=0.0)
-    to_noise = vectors.mT @ factor.mT
-    to_latent = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
-    from_data = -0.5 * (to_latent.mT @ slope[:, keep].unsqueeze(-1)).squeeze(-1)
-    from_prior = (to_latent.mT @ pull[:, keep].unsqueeze(-1)).squeeze(-1)
-
-    def marginal(h: Tensor) -> Tensor:
-        """Log joint of h and the data at (P, n), but for a constant."""
-        precision = scale.precision(h)
-        spread = 1.0 + precision.unsqueeze(-1) * eigenvalues.unsqueeze(1)
-        pulled = precision.unsqueeze(-1) * from_data.unsqueeze(1) + from_prior.unsqueeze(1)
-        gain = 0.5 * (pulled.square() / spread - spread.log()).sum(-1)
-        count = scale.count.unsqueeze(1) * scale.rate * h
-        return scale.log_prior(h) - count - 0.5 * precision * squares.unsqueeze(1) + gain
-
-    hyper = _on_grid(marginal, mode[:, j])
-    shift = from_prior  # the prior's pull at the centre, given as a shift of the centre
+    axes = density.noise_axes.take(points)
+    shift = axes.from_prior  # the prior's pull at the centre, given as a shift of the centre
     return ConditionalProposal(
-        j, scale.rate, hyper, centre + torch.bmm(to_latent, shift.unsqueeze(-1)).squeeze(-1),
-        to_latent, to_noise, -factor.diagonal(dim1=1, dim2=2).log().sum(1), eigenvalues,
-        from_data - eigenvalues * shift,
-    )  # fmt: skip
+        axes.scale.column,
+        axes.scale.rate,
+        _on_grid(axes),
+        axes.centre + torch.bmm(axes.to_latent, shift.unsqueeze(-1)).squeeze(-1),
+        axes.to_latent,
+        axes.to_axes,
+        axes.log_det,
+        axes.eigenvalues,
+        axes.from_data - axes.eigenvalues * shift,
+    )
 
 
-def _on_grid(marginal: Callable[[Tensor], Tensor], start: Tensor) -> AxisProposal:
-    """A one-dimensional density, known pointwise but for its constant, from near its mode at (P,)."""
-    mode, width = start, _WIDEST
-    offsets = torch.linspace(-1.0, 1.0, _GRID).to(start)
-    for _ in range(_ZOOMS):
-        tried = mode.unsqueeze(1) + width * offsets
-        best = marginal(tried).nan_to_num(nan=-torch.inf).argmax(1, keepdim=True)
-        mode, width = tried.gather(1, best).squeeze(1), width / 8.0
-    step = 1e-3
-    low, top, high = marginal(mode.unsqueeze(1) + step * torch.tensor([-1.0, 0.0, 1.0]).to(start)).unbind(1)
-    curvature = (2.0 * top - low - high) / step**2
-    sd = torch.where(curvature > 0, curvature, 1.0).rsqrt()
-    edges = fine_edges().to(start)
-    height = marginal(mode.unsqueeze(1) + sd.unsqueeze(1) * edges)
+def _on_grid(axes: NoiseAxes) -> AxisProposal:
+    """The marginal of h, known pointwise but for its constant, by a fine grid about its mode."""
+    start = 0.5 * (axes.least.clamp(min=1e-300) / axes.scale.count).log() / axes.scale.rate
+    mode = maxima(axes.marginal, start, WIDEST / abs(axes.scale.rate))[0]
+    _, bend = slope_and_bend(lambda h: axes.marginal(h.unsqueeze(1)).squeeze(1), mode)
+    sd = torch.where(bend < 0, -bend, 1.0).rsqrt()
+    edges = fine_edges().to(mode)
+    height = axes.marginal(mode.unsqueeze(1) + sd.unsqueeze(1) * edges)
     return piecewise(mode.unsqueeze(1), sd.view(-1, 1, 1), sd.log(), edges, height.unsqueeze(1))

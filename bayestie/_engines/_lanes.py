@@ -10,6 +10,7 @@ stopping all lanes at one tick would keep short trajectories and drop long ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -100,12 +101,27 @@ class Coordinates:
         return value, own, grad * self.scale.unsqueeze(1)
 
 
+class Whitened(Protocol):
+    """Coordinates that the lanes move in, in which posteriors are about standard normal."""
+
+    task: Task
+    fit: LaplaceFit  # of the points that are left
+
+    def take(self, index: Tensor) -> "Whitened":
+        """Some of the points."""
+        ...
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Coordinates.evaluate`."""
+        ...
+
+
 class Lanes:
     """The state machine for P x C lanes; flat lane axis L = P C. Lanes that are done leave the batch."""
 
     def __init__(
         self,
-        coordinates: Coordinates,
+        coordinates: Whitened,
         z: Tensor,
         rows: Tensor,
         stream: int,

@@ -85,7 +85,7 @@ def _corrected(task: Task, fit: LaplaceFit) -> LaplaceProposal:
     index = torch.nonzero(wanted).squeeze(1)
     if not len(index):
         return LaplaceProposal(fit, None, row)
-    corrected = conditional_proposal(task, fit.points[index], fit.mode[index])
+    corrected = conditional_proposal(task, fit.points[index])
     return LaplaceProposal(fit, corrected or axis_proposal(task, fit.take(index)), row)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from bayestie._engines._axis_map import axis_map
 from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, Round, StepSize
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
+from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import chain_verdict, is_good, qualities
 from bayestie._workers import run_all
@@ -35,6 +36,15 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
     return sampler.sample()
 
 
+def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
+    found = noise_coordinates(task, fit)
+    if found is not None:
+        return found
+    # The density's own axes suit a diagonal metric, and maps along them, better than any others.
+    oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
+    return Coordinates(task, oriented, torch.ones_like(fit.mode), axis_map(task, oriented))
+
+
 class Stopped(Exception):
     """Another share of the lanes failed or was interrupted."""
 
@@ -49,11 +59,9 @@ class _Sampler:
     """
 
     def __init__(self, task: Task, points: Tensor, fit: LaplaceFit):
-        # The density's own axes suit a diagonal metric, and maps along them, better than any others.
         dim = fit.mode.shape[1]
-        oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
         self.task, self.points = task, points
-        self.at = Coordinates(task, oriented, torch.ones_like(fit.mode), axis_map(task, oriented))
+        self.at = _coordinates(task, fit)
         self.begin = time.perf_counter()
         self.pieces = self._num_pieces(len(points))
         self.num_chains = task.num_chains * self.pieces
