@@ -22,9 +22,9 @@ FIRM, LOOSE = 0.05, 20.0  # ends of the schedule, as sigma
 
 
 def loss(theta: Tensor, y: Tensor, sigma: float) -> Tensor:
-    """Robust loss, weight decay, and lambda times the squared differences; theta (starts, K)."""
+    """Robust loss, weight decay, and lambda times the squared differences; theta (..., K), y (..., K, n)."""
     squares = theta.square().sum(-1)
-    pairs = len(y) * squares - theta.sum(-1).square()  # sum over pairs of squared differences
+    pairs = y.shape[-2] * squares - theta.sum(-1).square()  # sum over pairs of squared differences
     good = (-0.5 * ((y - theta[..., None]) / NOISE_SD).square()).exp() / (NOISE_SD * (2 * pi) ** 0.5)
     return squares / (2 * BASE_SD**2) + pairs / (2 * sigma**2) - (good + OUTLIERS).log().sum((-1, -2))
 
@@ -49,14 +49,14 @@ def prior_gap(y: Tensor, seed: int) -> float:
 
 
 def train(y: Tensor, start: Tensor, schedule: np.ndarray) -> Tensor:
-    """MAP by Adam from every start, sigma as the schedule says; the copies' mean at the end, (starts,)."""
+    """MAP by Adam from every start, sigma as the schedule says; the copies' means at the end."""
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=0.05)
     for sigma in schedule:
         optimizer.zero_grad()
         loss(theta, y, float(sigma)).sum().backward()
         optimizer.step()
-    return theta.detach().mean(1)
+    return theta.detach().mean(-1)
 
 
 def rate(success: Tensor) -> tuple[float, float]:
@@ -79,13 +79,12 @@ def main(argv: Sequence[str] | None = None) -> Claim:
     generator = torch.Generator().manual_seed(options.seed)
 
     def success(schedule: np.ndarray, change: Callable[[Tensor], Tensor] = lambda y: y) -> Tensor:
-        found = []
-        for number in range(num_sets):
-            y = change(data(options.seed + number)["y"])
-            start = 4.0 * (2 * torch.rand(num_starts, len(y), generator=generator, dtype=torch.float64) - 1)
-            # Within three standard errors of what all good values together tell.
-            found.append((train(y, start, schedule) - TRUTH).abs() < 3 * NOISE_SD / (4 * len(y)) ** 0.5)
-        return torch.cat(found)
+        y = torch.stack([change(data(options.seed + number)["y"]) for number in range(num_sets)])[:, None]
+        shape = num_sets, num_starts, y.shape[-2]
+        start = 4.0 * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+        # Within three standard errors of what all good values together tell.
+        near = 3 * NOISE_SD / (4 * y.shape[-2]) ** 0.5
+        return ((train(y, start, schedule) - TRUTH).abs() < near).flatten()
 
     rates = {name: rate(success(schedule)) for name, schedule in schedules.items()}
     (annealed, annealed_error), (constant, constant_error) = rates["annealed"], rates["constant"]
