@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Claim:
             kind="above",
         ),
     ]
-    over = {"sigma": bt.strengths(0.01, 0.1, 3 if options.smoke else 8, hard=True)}
+    over = {"sigma": bt.strengths(0.01, 0.1, 2 if options.smoke else 8, hard=True)}
     path = bt.sweep(
         residual_depth, **data(options.seed), over=over, seed=options.seed, engine="laplace", target_ess=100
     )
