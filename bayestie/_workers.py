@@ -1,9 +1,10 @@
 """Independent pieces of tensor work on the processor's cores, one thread each."""
 
+import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
@@ -21,19 +22,27 @@ def run_all(jobs: Sequence[Callable[[], Any]], on_error: Callable[[], None] | No
     end of every operation. Gradients are off in the jobs. ``on_error`` is called where one fails or the wait
     is interrupted, before the others are waited for.
     """
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads <= 1 or in_worker():
+    threads = torch.get_num_threads()
+    if min(threads, len(jobs)) <= 1 or in_worker():
         return [_run(job) for job in jobs]
+    with unsplit():
+        futures = [_pool(threads).submit(_run, job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            if on_error is not None:
+                on_error()
+            wait(futures)
+            raise
+
+
+@contextlib.contextmanager
+def unsplit() -> Iterator[None]:
+    """Operations on one core each: many short ones lose more by being split than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    futures = [_pool(before).submit(_run, job) for job in jobs]
     try:
-        return [future.result() for future in futures]
-    except BaseException:
-        if on_error is not None:
-            on_error()
-        wait(futures)
-        raise
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -57,19 +57,20 @@ NEIGHBOURS = {
 MAP = bt.Tie.edges(len(DISTRICTS), [(i - 1, j - 1) for i in NEIGHBOURS for j in NEIGHBOURS[i]])
 
 
-def lip_cancer(cases, expected, outdoor, *, sigma, copy_sd=5.0):
+def lip_cancer(cases, expected, outdoor, *, sigma, copy_sd=5.0, neighbours=MAP):
     """Poisson counts: cases_k ~ Poisson(expected_k exp(theta_k + b outdoor_k)), theta tied along the map.
 
     Args:
-        cases: observed cases per district, shape (56,).
-        expected: cases expected from the district's population by age, shape (56,), > 0.
-        outdoor: per cent of the work force in outdoor work, in tens, shape (56,).
+        cases: observed cases per district, shape (K,), K = 56.
+        expected: cases expected from the district's population by age, shape (K,), > 0.
+        outdoor: per cent of the work force in outdoor work, in tens, shape (K,).
         sigma: scale of the edge factors exp(-(theta_i - theta_j)^2 / (2 sigma^2)), on the log scale, >= 0.
         copy_sd: prior sd of each district's log relative risk before the edge factors (form `copies`).
+        neighbours: the tie of the districts, by default of all 56.
     """
     slope = pyro.sample("outdoor_slope", dist.Normal(0.0, 10.0))
-    theta = bt.tied("theta", MAP, sigma, dist.Normal(0.0, copy_sd), form="copies")
-    with pyro.plate("district", len(DISTRICTS)):
+    theta = bt.tied("theta", neighbours, sigma, dist.Normal(0.0, copy_sd), form="copies")
+    with pyro.plate("district", neighbours.num_copies):
         pyro.sample("y", dist.Poisson(expected * torch.exp(theta + slope * outdoor)), obs=cases)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bayestie._build_density import build_density
-from bayestie._engines import Interrupted, Task, fit_laplace, run_laplace
+from bayestie._engines import Interrupted, Task, _svi, fit_laplace, run_laplace
 from bayestie._engines._guides import Curvature, FullRank, Guide, LowRank, MeanField
 from bayestie._engines._svi import _curvature, _Optimiser, guide_name, run_svi, start_guide
 from bayestie._errors import OptionError
@@ -258,3 +258,29 @@ def test_interrupt_keeps_the_points_that_have_settled():
     assert caught.value.draws.points.tolist() == [0]
     assert caught.value.draws.position.shape == (1, 2, 400, 3)
     assert any("ELBO" in event.get("message", "") for event in events)
+
+
+def test_mean_field_of_a_net_needs_no_curvature(monkeypatch):
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a mode was looked for")
+
+    monkeypatch.setattr(_svi, "fit_laplace", refuse)
+    y = torch.linspace(-0.3, 0.3, 300, dtype=torch.float64)
+
+    def model():
+        x: Any = pyro.sample("x", dist.Normal(torch.zeros(300), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(torch.tanh(x), 0.1).to_event(1), obs=y)
+
+    task = make_task(model, draws=200, guide="mean_field")
+    draws = run_svi(task)
+    assert "settled" in draws.reason[0]
+    grid = torch.linspace(-4.0, 4.0, 4001, dtype=torch.float64)
+    density = (-0.5 * grid**2 - 0.5 * ((y.unsqueeze(1) - grid.tanh()) / 0.1) ** 2).exp()
+    weight = density / density.sum(1, keepdim=True)
+    mean = (weight * grid).sum(1)
+    sd = ((weight * grid**2).sum(1) - mean**2).sqrt()
+    found = draws.position.flatten(0, 2)
+    # Each posterior is nearly Gaussian; a Gaussian guide of it is off by a tenth of an sd at most.
+    error = sd / len(found) ** 0.5
+    assert float(((found.mean(0) - mean).abs() - 4.5 * error).max()) < 0.1 * float(sd.max())
+    assert float((found.std(0) / sd).log().abs().max()) < 0.25

@@ -58,7 +58,8 @@ class StepSize:
         number = ended.sum(1)
         mean = torch.where(ended, accept, 0.0).sum(1) / number.clamp(min=1)
         count = self.count[index] + number
-        gain = 1.5 * count.clamp(min=1) ** -0.6
+        # Of as many updates as trajectories ended, were they one after another; of a jump, no more.
+        gain = (1.5 * number * count.clamp(min=1) ** -0.6).clamp(max=1.0)
         log_step = self.log_step[index] + torch.where(number > 0, gain * (mean - TARGET_ACCEPT), 0.0)
         # The average forgets its beginning: weight n on the n-th iterate.
         weight = count * (number > 0)

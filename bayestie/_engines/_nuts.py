@@ -1,11 +1,13 @@
 """NUTS at every point: warmup, then rounds of many short chains until R-hat and ESS are met."""
 
+import contextlib
 import math
 import threading
 import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, 
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._protocol import Draws, Interrupted, Task
-from bayestie._engines._quality import chain_verdict, is_good, qualities
-from bayestie._workers import run_all
+from bayestie._engines._quality import MAX_RHAT, chain_verdict, is_good, qualities
+from bayestie._workers import run_all, unsplit
 
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
 STEP_TRAJECTORIES = 96
@@ -83,7 +85,10 @@ class _Sampler:
         """``num_draws`` trajectories in every chain of the points still going, a thread to every share."""
         self.stream += 1
         density, count = self.task.density, len(self.points)
-        shares = min(count, torch.get_num_threads()) if density.is_threadable else 1
+        # Where a gradient is a few elementwise operations, threads would wait for the interpreter, and an
+        # operation that is split takes longer than one that is not.
+        short = isinstance(self.at, NoiseCoordinates)
+        shares = min(count, torch.get_num_threads()) if density.is_threadable and not short else 1
         done, stop = [0] * shares, threading.Event()
 
         def share(number: int, rows: Tensor) -> tuple[Round, Lanes]:
@@ -101,7 +106,7 @@ class _Sampler:
         rows = torch.arange(count, device=self.points.device)
         # Neighbours in strength want trees of a kind: dealt out in turn, shares end together.
         parts = [rows[i::shares] for i in range(shares)]
-        with self.task.program.quiet():
+        with self.task.program.quiet(), unsplit() if short else contextlib.nullcontext():
             found = run_all([partial(share, i, part) for i, part in enumerate(parts)], on_error=stop.set)
         order = torch.argsort(torch.cat(parts))
         for _, lanes in found:
@@ -136,9 +141,9 @@ class _Sampler:
     def sample(self) -> Draws:
         """Rounds until every quantity of a point is good; points that are good drop out.
 
-        The first round makes what is stored and some more, a later one a quarter of what there is by then. If
-        a point is still not good, its oldest draws may be from before it settled: the newer half is judged
-        alone.
+        The first round makes what is stored and some more, a later one what half of the points that are left
+        seem to need, a quarter to all of what there is by then. If a point is still not good, its oldest
+        draws may be from before it settled: the newer half is judged alone.
         """
         count = len(self.points)
         self.kept: list[list[tuple[Tensor, dict[str, Tensor]]]] = [[] for _ in range(count)]
@@ -151,15 +156,24 @@ class _Sampler:
             while True:
                 bad = self._round(active, size)
                 made += size
-                size = max(1, made // 4)
                 if not len(bad) or made >= MAX_TOTAL * first:
                     break
                 active = active[bad]
                 self._keep_only(bad)
+                size = max(1, math.ceil(made * self._missing(active)))
         except KeyboardInterrupt as interrupt:
             good = [i for i in range(count) if is_good(self.quality[i], self.task.target_ess)]
             raise Interrupted(self._draws(good)) from interrupt
         return self._draws(list(range(count)))
+
+    def _missing(self, active: Tensor) -> float:
+        """How much more half of these points need, as a share of what they have: errors fall as 1 / n."""
+        needed = []
+        for i in active.tolist():
+            rhat, bulk, tail = self.quality[i]
+            spread = (rhat**2 - 1.0) / (MAX_RHAT**2 - 1.0)
+            needed.append(max(spread, self.task.target_ess / max(1.0, min(bulk, tail))))
+        return min(1.0, max(0.25, float(np.median(needed)) - 1.0))
 
     def _round(self, active: Tensor, num_draws: int) -> Tensor:
         """One round at the active points; the rows of those that need more."""

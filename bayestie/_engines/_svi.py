@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bayestie._affine import AffineDensity
 from bayestie._engines._guides import Curvature, FullRank, Gradient, Guide, LowRank, MeanField
 from bayestie._engines._importance import ImportancePool, needed_ess
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
@@ -49,7 +50,10 @@ def run_svi(task: Task, fit: LaplaceFit | None = None) -> Draws:
     begin = time.perf_counter()
     name = guide_name(task)
     dim = task.density.num_latent
-    if fit is None and dim <= MAX_LOW_RANK:
+    # A net's curvature costs a pass per latent and Newton a hundred of them, for widths that mean field
+    # learns by itself.
+    dear = dim > MAX_FULL_RANK and not isinstance(task.density, AffineDensity)
+    if fit is None and dim <= MAX_LOW_RANK and not (dear and name == "mean_field"):
         task.progress({"stage": "svi", "message": "finding modes"})
         fit = fit_laplace(task, task.points)
     optimiser = _Optimiser(
