@@ -12,10 +12,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+import bayestie as bt
 from analyses._claim_pages import conclude
 from analyses._claims import Claim, Curve, Finding, Plot
 from analyses._command import read_options
-from models.curriculum import TRUTH, curriculum, data
+from models.curriculum import FAR, TRUTH, curriculum, data, held_back, held_back_data
 
 NOISE_SD, OUTLIERS, BASE_SD = 0.2, 0.05, 5.0
 FIRM, LOOSE = 0.05, 20.0  # ends of the schedule, as sigma
@@ -66,6 +67,39 @@ def rate(success: Tensor) -> tuple[float, float]:
     return count / total, float(np.sqrt(adjusted * (1 - adjusted) / (total + 4)))
 
 
+def through_the_library(seed: int, num_sets: int = 8) -> list[Finding]:
+    """The same by `bt.fit` with and without ``schedule=``, modes and guides, where one copy misleads."""
+    falling = {"sigma": bt.strengths(FIRM, LOOSE, 8)[::-1]}
+    findings = []
+    for engine, words in (("laplace", "modes"), ("svi", "guides of svi")):
+        rates = []
+        for schedule in (falling, None):
+            found = [
+                bt.fit(
+                    held_back,
+                    **held_back_data(seed + number),
+                    sigma=FIRM,
+                    engine=engine,
+                    schedule=schedule,
+                    seed=seed + number,
+                    num_draws=50,
+                    keep=("posterior",),
+                )
+                for number in range(num_sets)
+            ]
+            means = torch.tensor([float(path.posterior["theta"].mean()) for path in found])
+            rates.append(rate((means - FAR).abs() < 1.0))
+        (annealed, error), (constant, constant_error) = rates
+        print(f"{words}: success rate {annealed:.3f} with a schedule, {constant:.3f} without")
+        gain, gain_error = annealed - constant, float(np.hypot(error, constant_error))
+        findings.append(
+            Finding(
+                f"{words}, schedule=: success rate less that without", 0.0, gain, gain_error, kind="above"
+            )
+        )
+    return findings
+
+
 def main(argv: Sequence[str] | None = None) -> Claim:
     """Success over random starts: a firm tie from the beginning, a tie that firms, and none."""
     options = read_options(__doc__, "curriculum.html", argv)
@@ -103,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> Claim:
         Finding("one copy, nothing to tie: annealed less constant", 0.0, alone[0][0] - alone[1][0],
                 float(np.hypot(alone[0][1], alone[1][1]))),
     ]  # fmt: skip
+    if not options.smoke:
+        findings += through_the_library(options.seed)
     lengths = [num_steps // 30, num_steps // 10, num_steps // 3, num_steps]
     slow = []
     for length in lengths:

@@ -26,6 +26,36 @@ def curriculum(y, *, sigma, base_sd=5.0, noise_sd=0.2, outliers=0.05):
         pyro.factor("y", log_likelihood)
 
 
+def held_back(y, seen, *, sigma, base_sd=10.0, noise_scale=0.3):
+    """y_kn ~ Cauchy(theta_k, noise_scale) where seen, all pairs of copies tied.
+
+    Args:
+        y: observations, shape (K, n).
+        seen: which of them there are, boolean, shape (K, n).
+        sigma: strength on the complete graph, >= 0.
+        base_sd: prior sd of the level (form `level`).
+        noise_scale: scale of an observation.
+    """
+    num_copies, num_each = y.shape[-2:]
+    theta = bt.tied("theta", bt.Tie.complete(num_copies), sigma, dist.Normal(0.0, base_sd))
+    copies, each = pyro.plate("copy", num_copies, dim=-2), pyro.plate("replicate", num_each, dim=-1)
+    with copies, each, pyro.poutine.mask(mask=seen):
+        pyro.sample("y", dist.Cauchy(theta[..., None], noise_scale), obs=y)
+
+
+FAR = 6.0
+
+
+def held_back_data(seed=0, noise_scale=0.3):
+    """Five copies that see the truth, at 6, three times each, and one that sees 0 twelve times instead."""
+    generator = torch.Generator().manual_seed(seed)
+    y = noise_scale * torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    y[:5] += FAR
+    seen = torch.ones(6, 12, dtype=torch.bool)
+    seen[:5, 3:] = False
+    return {"y": y, "seen": seen, "coords": {}, "dims": {"theta": ["copy"]}}
+
+
 TRUTH = 1.0
 
 
