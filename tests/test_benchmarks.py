@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from benchmarks import _judge, _search, gpu, scaling
+from benchmarks import _judge, _search, certification, gpu, scaling
 from benchmarks.__main__ import main
 from benchmarks._contender import Setting
 from benchmarks._workloads import WORKLOADS, load_arrays
@@ -256,3 +256,39 @@ def test_gpu_script_runs_on_the_cpu_too(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert [part["error"] for part in found] == [""] * len(found)
     assert "NOT" not in found[0]["result"]
+
+
+def test_certification_judges_random_models(tmp_path, capsys):
+    assert (
+        certification.main(["--models", "2", "--workers", "1", "--ess", "300", "--out", str(tmp_path)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "means and sds compared" in printed
+    lines = [json.loads(line) for line in (tmp_path / "certification.jsonl").read_text().splitlines()]
+    found = json.loads((tmp_path / "certification.json").read_text())
+    assert found["results"] == lines and [line["seed"] for line in lines] == [0, 1]
+    assert found["comparisons"] == sum(line["comparisons"] for line in lines) > 0
+    assert 0.0 < found["largest"] < found["limit"]
+
+
+def test_a_wrong_certificate_is_told(tmp_path, monkeypatch, capsys):
+    sure = {
+        "what": "a model",
+        "engine": "laplace",
+        "reason": "sure",
+        "certified": True,
+        "long_certified": True,
+    }
+    monkeypatch.setattr(
+        certification, "judged", lambda seed, long_ess: {**sure, "comparisons": 10, "worst": 1.0 + 9.0 * seed}
+    )
+    keywords = ["--workers", "1", "--out", str(tmp_path)]
+    assert certification.main(["--models", "1", *keywords]) == 0
+    assert certification.main(["--models", "2", *keywords]) == 1
+    assert "a model: sure, |z| 10.00" in capsys.readouterr().out
+
+
+def test_random_models_are_of_every_kind():
+    found = [certification.random_model(seed)[0] for seed in range(60)]
+    for word in (*certification.FAMILIES, *certification.TIES, "level", "copies", "matched", "slope"):
+        assert any(word in what for what in found), word
