@@ -94,7 +94,7 @@ def poisson_chain(ppl, count, sigma, centred):
 def soft_convolution(ppl, images, digit, sigma, centred):
     """Kernels in the eigenvectors of the grid of places, where the tie's prior is diagonal."""
     patches, eigenvectors, eigenvalues = (ppl.constant(x) for x in convolution_constants(images))
-    sd = ppl.xp.sqrt(matched_variances(ppl.xp, eigenvalues, sigma, 0.5))[:, None]
+    sd = ppl.xp.sqrt(matched_variances(ppl.xp, eigenvalues, sigma, 1.5))[:, None]
     x = ppl.sample("conv_x", ppl.dist.Normal(0.0, sd**centred).expand((9, 40)).to_event(2))
     # (place, 4 x 9 weights and 4 biases)
     kernels = ppl.deterministic("kernels", eigenvectors @ (sd ** (1 - centred) * x))

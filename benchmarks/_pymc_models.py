@@ -76,7 +76,7 @@ def _poisson_chain(count, sigma, centred):
 
 def _soft_convolution(images, digit, sigma, centred):
     patches, eigenvectors, eigenvalues = convolution_constants(images)
-    sd = pt.sqrt(matched_variances(pt, pt.as_tensor(eigenvalues), sigma, 0.5))[:, None]
+    sd = pt.sqrt(matched_variances(pt, pt.as_tensor(eigenvalues), sigma, 1.5))[:, None]
     x = pm.Normal("conv_x", 0.0, sd**centred, shape=(9, 40))
     kernels = pt.as_tensor(eigenvectors) @ (sd ** (1 - centred) * x)
     head = pm.Normal("head_weight", 0.0, 4.0 / 6.0, shape=(10, 36))
