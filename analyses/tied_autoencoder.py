@@ -154,11 +154,11 @@ def main(argv: Sequence[str] | None = None) -> Claim:
     num = 60 if options.smoke else 2000
     walks = [chains(labelled, num, options.seed) for labelled in (one, two)]
     checks = [bt.diagnose(walk, S=product, W=first_matrix) for walk in walks]
-    # R-hat of chains this short is well above 1 even where they mix.
+    # R-hat of chains this short is above 1 even where they mix.
     mixed = 1.01 if num >= 1000 else 1.15
     for k, check in zip((1, 2), checks, strict=True):
-        rhat = float(check["S"].to_dataset()["rhat"].median())
-        findings.append(Finding(f"k = {k}: median R-hat of S", mixed, rhat, kind="below"))
+        rhat = float(check["S"].to_dataset()["rhat"].max())
+        findings.append(Finding(f"k = {k}: largest R-hat of S", mixed, rhat, kind="below"))
     isolated = float(checks[0]["W"].to_dataset()["rhat"].max())
     sizes = {name: float(checks[1][name].to_dataset()["ess_bulk"].min()) for name in ("S", "W")}
     # The coordinate of largest variance says where on its orbit a chain is: a sign, or an angle.
