@@ -59,8 +59,9 @@ def index_page(claims: Mapping[str, Claim]) -> str:
     }
     rows = sorted(links, key=_number_of_row)
     body = (
-        f"<h1>Claims: expected and found</h1><p>{summary}. A number is held against four of its standard "
-        f"errors (±), or against rounding where none is given.</p>"
+        f"<h1>Claims: expected and found</h1><p>{summary}. A number may be four of its standard errors (±) "
+        f"off, and, where what is expected is a limit that is only neared, as much more as is said with it; "
+        f"without either it is exact.</p>"
         f"<nav>{' '.join(links[row] for row in rows)}</nav>"
         + "".join(_section(name, claim) for name, claim in ordered)
     )

@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+ROUNDING = 1e-10  # what an exact number may be off
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -18,7 +20,7 @@ class Finding:
         found: the number found.
         error: Monte Carlo standard error of what was found; 0 where it is exact.
         num_errors: how many of them it may be off.
-        rounding: what an exact number may be off, in absolute terms.
+        rounding: what an exact number, or a limit that is only neared, may be off, in absolute terms.
         kind: whether `found` should equal `expected`, or lie below or above it.
     """
 
@@ -27,7 +29,7 @@ class Finding:
     found: float
     error: float = 0.0
     num_errors: float = 4.0
-    rounding: float = 1e-10
+    rounding: float = ROUNDING
     kind: Literal["equal", "below", "above"] = "equal"
 
     @property
@@ -41,9 +43,10 @@ class Finding:
 
     @property
     def wanted(self) -> str:
-        """The expected number in words."""
+        """The expected number in words, with what it may be off where it is a limit that is only neared."""
         sign = {"equal": "", "below": "< ", "above": "> "}[self.kind]
-        return f"{sign}{_number(self.expected)}"
+        beside = f" within {self.rounding:.2g}" if self.kind == "equal" and self.rounding > ROUNDING else ""
+        return f"{sign}{_number(self.expected)}{beside}"
 
     @property
     def seen(self) -> str:

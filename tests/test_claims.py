@@ -214,3 +214,9 @@ def test_every_claim_is_stated_with_its_numbers():
 )
 def test_finding_knows_whether_it_holds(finding, holds):
     assert finding.holds is holds
+
+
+def test_what_a_limit_may_be_off_is_said():
+    assert Finding("slope", 1.0, 1.002, 0.001, rounding=5e-3).wanted == "1 within 0.005"
+    assert Finding("slope", 1.0, 1.0).wanted == "1"
+    assert Finding("slope", 1.0, 0.5, rounding=5e-3, kind="below").wanted == "< 1"
