@@ -14,8 +14,10 @@ from torch import Tensor
 from bayestie._latent_scale import LatentScale, value_and_slope
 from bayestie._quadratic import Quadratic
 
-WIDEST = 8.0  # how far from the noise that the least squares alone say a mode is looked for
-_GRID = 161
+# How far, in logs, from the noise that residuals about the prior's mean say; where it is much smaller than
+# that, squares of vanishing residuals are rounding.
+WIDEST = 12.0
+_GRID = 241
 _ZOOMS, _ZOOM = 4, 21
 _POLISH = 4
 
@@ -55,11 +57,6 @@ class NoiseAxes:
         linear = self.from_prior.unsqueeze(1) + precision * self.from_data.unsqueeze(1)
         return linear, 1.0 + precision * self.eigenvalues.unsqueeze(1)
 
-    def profile(self, h: Tensor) -> Tensor:
-        """Log joint of h (P, n) with the y at their conditional mean, but for a constant."""
-        linear, spread = self.pull(h)
-        return self._alone(h) + 0.5 * (linear.square() / spread).sum(-1)
-
     def marginal(self, h: Tensor) -> Tensor:
         """Log joint of h (P, n) and the data, the y integrated out, but for a constant."""
         linear, spread = self.pull(h)
@@ -70,21 +67,45 @@ class NoiseAxes:
         count = scale.count.unsqueeze(1) * scale.rate * h
         return scale.log_prior(h) - count - 0.5 * scale.precision(h) * self.least.unsqueeze(1)
 
-    def modes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The highest joint mode (P, D), how many there are (P,) and whether it was found (P,).
+    def noise_mode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the marginal of h is highest (P,), its number of maxima and its second derivative there.
 
-        The y are at their conditional mean at every mode, so h alone is looked for, on a grid.
+        The joint density may have no mode at all: where every residual can vanish, it grows without bound as
+        the noise goes to 0, however little mass there is. The second derivative is NaN where none was found.
         """
-        count = self.scale.count.clamp(min=1e-300)
-        start = 0.5 * (self.least.clamp(min=1e-300) / count).log() / self.scale.rate
-        h, num_modes = maxima(self.profile, start, WIDEST / abs(self.scale.rate))
-        slope = torch.full_like(h, torch.inf)
+        # Residuals about the prior's own mean: the noise is hardly larger.
+        about = self.least - 2.0 * (self.from_data * self.from_prior).sum(-1)
+        about = about + (self.eigenvalues * self.from_prior.square()).sum(-1)
+        start = 0.5 * (about.clamp(min=1e-300) / self.scale.count).log() / self.scale.rate
+        h, num_modes = maxima(self.marginal, start, WIDEST / abs(self.scale.rate))
+        slope, bend = torch.full_like(h, torch.inf), torch.full_like(h, torch.nan)
         for _ in range(_POLISH):
-            slope, bend = slope_and_bend(lambda at: self.profile(at.unsqueeze(1)).squeeze(1), h)
+            slope, bend = slope_and_bend(lambda at: self.marginal(at.unsqueeze(1)).squeeze(1), h)
             h = torch.where(bend < 0, h - slope / bend, h)
         found = torch.isfinite(h) & (bend < 0) & (slope.square() <= -1e-10 * bend)
+        return h, num_modes.clamp(min=1), torch.where(found, bend, torch.nan)
+
+    def gaussian(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A Gaussian near the posterior: centre (P, D), covariance (P, D, D), number of modes, found or not.
+
+        h with the curvature of its marginal, the others given h, their means moving with h as they do there.
+        """
+        h, num_modes, bend = self.noise_mode()
+        found = torch.isfinite(bend)
+        variance = torch.where(found, -1.0 / bend, 1.0)
         linear, spread = (part.squeeze(1) for part in self.pull(h.unsqueeze(1)))
-        return self.to_position(h, linear / spread), num_modes.clamp(min=1), found
+        y = linear / spread
+        by_h = -2.0 * self.scale.rate * self.scale.precision(h).unsqueeze(1)
+        moved = by_h * (self.from_data - self.eigenvalues * y) / spread  # dy / dh
+        across = torch.bmm(self.to_latent, moved.unsqueeze(-1))
+        inner = torch.bmm(self.to_latent / spread.unsqueeze(1), self.to_latent.mT)
+        inner = inner + variance.view(-1, 1, 1) * across * across.mT
+        j, others = self.scale.column, self.others
+        covariance = h.new_zeros(len(h), len(others) + 1, len(others) + 1)
+        covariance[:, others.unsqueeze(1), others] = inner
+        covariance[:, others, j] = covariance[:, j, others] = variance.unsqueeze(1) * across.squeeze(-1)
+        covariance[:, j, j] = variance
+        return self.to_position(h, y), covariance, num_modes, found
 
     def to_position(self, h: Tensor, y: Tensor) -> Tensor:
         """h (P,) and y (P, D - 1) -> latents (P, D)."""
@@ -95,7 +116,7 @@ class NoiseAxes:
 
 
 def find_noise_axes(scale: LatentScale, quadratic: Quadratic) -> NoiseAxes | None:
-    """The axes at every point, about the joint mode; None where the prior is not proper."""
+    """The axes at every point, about the posterior's centre; None where the prior is not proper."""
     dim, j = quadratic.slope.shape[1], scale.column
     others = torch.tensor([i for i in range(dim) if i != j], device=quadratic.slope.device)
     prior = -quadratic.curvature[:, others][:, :, others]
@@ -122,9 +143,9 @@ def find_noise_axes(scale: LatentScale, quadratic: Quadratic) -> NoiseAxes | Non
         constant=scale.constant,
     )
     # Sums of squares keep their digits about a centre near their least: first that of the data alone, then
-    # the joint mode that is found from there.
+    # the posterior's that is found from there.
     first = _about(axes, quadratic, scale.squares.centre)
-    return _about(first, quadratic, first.modes()[0])
+    return _about(first, quadratic, first.gaussian()[0])
 
 
 def _about(axes: NoiseAxes, quadratic: Quadratic, centre: Tensor) -> NoiseAxes:

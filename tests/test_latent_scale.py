@@ -111,15 +111,17 @@ def test_draws_are_exact_given_the_noise():
 
 
 @pytest.mark.parametrize("model", [plain, known_ratios])
-def test_the_axes_give_the_density_its_gradient_and_its_mode(model):
+def test_the_axes_give_the_density_its_gradient_and_its_centre(model):
     program = program_of(model)
     density = build_density(program)
     assert isinstance(density, AffineDensity) and density.noise_axes is not None
     task = Task(program, density, 3, 4, 250, 400.0, 0, lambda event: None)
     fit = fit_laplace(task, task.points)
     assert bool(fit.converged.all()) and fit.num_modes.tolist() == [1, 1, 1]
+    # At the marginal's mode of the noise the others are at their conditional mode, and the noise is not.
     _, grad = density.value_and_grad(task.points, fit.mode.unsqueeze(1))
-    close(grad, torch.zeros_like(grad), 1e-8)
+    others = density.noise_axes.others
+    close(grad[..., others], torch.zeros_like(grad[..., others]), 1e-8)
     coordinates = noise_coordinates(task, fit)
     assert coordinates is not None
     some = coordinates.take(torch.tensor([2, 0]))
@@ -134,6 +136,33 @@ def test_the_axes_give_the_density_its_gradient_and_its_mode(model):
         origin = at.to_position(torch.zeros_like(z[:, :1]))
         jacobian = at.to_position(steps.expand(len(points), -1, -1)) - origin
         close(grad, by_position @ jacobian.mT, 1e-10)
+
+
+def test_residuals_that_can_all_vanish_do_no_harm():
+    """One observation per copy: the joint density is unbounded, the posterior is not."""
+
+    def model(y, *, sigma):
+        theta = bt.tied("theta", bt.Tie.chain(6), sigma, dist.Normal(0.3, 1.0), form="copies")
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("row", 6):
+            pyro.sample("y", dist.Normal(theta, noise), obs=y)
+
+    y = numbers(6, seed=11)
+    tree = bt.sweep(model, y, over={"sigma": [0.5, 1.5]}, seed=1, num_draws=2500, engine="laplace")
+    assert bool(tree.sweep.certified.all()), tree.sweep.reason.values
+    h = torch.linspace(-12.0, 2.5, 4001, dtype=torch.float64)
+    for sigma in (0.5, 1.5):
+        # The copies integrated out by hand: y is Gaussian given the noise.
+        edges = torch.diff(torch.eye(6, dtype=torch.float64), dim=0)
+        precision = torch.eye(6, dtype=torch.float64) + edges.mT @ edges / sigma**2
+        mean = torch.linalg.solve(precision, torch.full((6,), 0.3, dtype=torch.float64))
+        covariance = torch.linalg.inv(precision) + (2.0 * h).exp().view(-1, 1, 1) * torch.eye(6)
+        joint = dist.MultivariateNormal(mean, covariance).log_prob(y)
+        weight = (joint + dist.HalfNormal(1.0).log_prob(h.exp()) + h).softmax(0)
+        expected = float((weight * h.exp()).sum())
+        draws = tree.posterior["noise"].sel(sigma=sigma).values
+        ess = min(float(tree.sweep.ess_weights.sel(sigma=sigma)), draws.size)
+        assert abs(draws.mean() - expected) < 4 * draws.std() * np.sqrt(1 / ess + 1 / draws.size)
 
 
 def test_two_modes_of_the_noise_are_seen():

@@ -15,7 +15,7 @@ from bayestie._affine import AffineDensity
 from bayestie._engines._axes import AxisProposal, fine_edges, piecewise
 from bayestie._engines._by_points import ByPoints
 from bayestie._engines._protocol import Task
-from bayestie._noise_axes import WIDEST, NoiseAxes, maxima, slope_and_bend
+from bayestie._noise_axes import NoiseAxes
 
 
 @dataclass
@@ -93,9 +93,7 @@ def conditional_proposal(task: Task, points: Tensor) -> ConditionalProposal | No
 
 def _on_grid(axes: NoiseAxes) -> AxisProposal:
     """The marginal of h, known pointwise but for its constant, by a fine grid about its mode."""
-    start = 0.5 * (axes.least.clamp(min=1e-300) / axes.scale.count).log() / axes.scale.rate
-    mode = maxima(axes.marginal, start, WIDEST / abs(axes.scale.rate))[0]
-    _, bend = slope_and_bend(lambda h: axes.marginal(h.unsqueeze(1)).squeeze(1), mode)
+    mode, _, bend = axes.noise_mode()
     sd = torch.where(bend < 0, -bend, 1.0).rsqrt()
     edges = fine_edges().to(mode)
     height = axes.marginal(mode.unsqueeze(1) + sd.unsqueeze(1) * edges)

@@ -55,7 +55,7 @@ class LaplaceFit:
 
 
 def fit_laplace(task: Task, points: Tensor, start: Tensor | None = None, *, only: bool = False) -> LaplaceFit:
-    """Mode and curvature at every point.
+    """Mode and curvature at every point; of an unknown noise sd the marginal's, the others integrated out.
 
     The mode is looked for from ``start`` (P, D), the origin without one, and, unless from there ``only``,
     on a few points from other starts too.
@@ -63,19 +63,16 @@ def fit_laplace(task: Task, points: Tensor, start: Tensor | None = None, *, only
     density, dim = task.density, task.density.num_latent
     axes = density.noise_axes if isinstance(density, AffineDensity) else None
     if axes is not None:
-        return _gaussian_at(task, points, *axes.take(points).modes())
+        centre, covariance, num_modes, found = axes.take(points).gaussian()
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return LaplaceFit(points, centre, factor, log_det, found & (info == 0), num_modes)
     start = task.normals((len(points), dim), 101) * 1e-3 if start is None else start
     mode, value, converged = _newton(task, points, start)
     num_modes = torch.ones(len(points), dtype=torch.long, device=points.device)
     if not (only or _is_log_concave(task)):
         mode, value, converged, num_modes = _other_starts(task, points, mode, value, converged, num_modes)
-    return _gaussian_at(task, points, mode, num_modes, converged)
-
-
-def _gaussian_at(
-    task: Task, points: Tensor, mode: Tensor, num_modes: Tensor, converged: Tensor
-) -> LaplaceFit:
-    factor, log_det, positive = _covariance_factor(-task.density.hessian(points, mode))
+    factor, log_det, positive = _covariance_factor(-density.hessian(points, mode))
     return LaplaceFit(points, mode, factor, log_det, converged & positive, num_modes)
 
 
