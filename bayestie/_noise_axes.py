@@ -14,8 +14,7 @@ from torch import Tensor
 from bayestie._latent_scale import LatentScale, value_and_slope
 from bayestie._quadratic import Quadratic
 
-# How far, in logs, from the noise that residuals about the prior's mean say; where it is much smaller than
-# that, squares of vanishing residuals are rounding.
+# How far, in logs, from the noise that residuals about the prior's mean say its mode is looked for.
 WIDEST = 12.0
 _GRID = 241
 _ZOOMS, _ZOOM = 4, 21
@@ -59,13 +58,18 @@ class NoiseAxes:
 
     def marginal(self, h: Tensor) -> Tensor:
         """Log joint of h (P, n) and the data, the y integrated out, but for a constant."""
-        linear, spread = self.pull(h)
-        return self._alone(h) + 0.5 * (linear.square() / spread - spread.log()).sum(-1)
-
-    def _alone(self, h: Tensor) -> Tensor:
-        scale = self.scale
-        count = scale.count.unsqueeze(1) * scale.rate * h
-        return scale.log_prior(h) - count - 0.5 * scale.precision(h) * self.least.unsqueeze(1)
+        scale, (linear, spread) = self.scale, self.pull(h)
+        precision = scale.precision(h)
+        # Squares completed: where residuals vanish, differences of large numbers would leave rounding times
+        # the precision. Directions of which the data say next to nothing have none to complete.
+        known = self.eigenvalues > 1e-12 * self.eigenvalues.amax(1, keepdim=True)
+        estimate = torch.where(known, self.from_data / torch.where(known, self.eigenvalues, 1.0), 0.0)
+        least = (self.least - (estimate * self.from_data).sum(1)).clamp(min=0.0)
+        apart = (estimate - self.from_prior).square().unsqueeze(1) * (1.0 - 1.0 / spread)
+        each = torch.where(known.unsqueeze(1), -apart, linear.square() / spread) - spread.log()
+        count = scale.count.unsqueeze(1) * scale.rate
+        alone = scale.log_prior(h) - count * h - 0.5 * precision * least.unsqueeze(1)
+        return alone + 0.5 * each.sum(-1)
 
     def noise_mode(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the marginal of h is highest (P,), its number of maxima and its second derivative there.
@@ -132,16 +136,16 @@ def find_noise_axes(scale: LatentScale, quadratic: Quadratic) -> NoiseAxes | Non
     axes = NoiseAxes(
         scale=scale,
         others=others,
-        centre=quadratic.slope[:, others],
+        centre=torch.zeros_like(eigenvalues),
         to_latent=to_latent,
         to_axes=vectors.mT @ factor.mT,
         log_det=-factor.diagonal(dim1=1, dim2=2).log().sum(1),
         eigenvalues=eigenvalues.clamp(min=0.0),
-        from_data=eigenvalues,
-        from_prior=eigenvalues,
-        least=scale.count,
-        constant=scale.constant,
-    )
+        from_data=torch.zeros_like(eigenvalues),
+        from_prior=torch.zeros_like(eigenvalues),
+        least=torch.zeros_like(scale.count),
+        constant=torch.zeros_like(scale.count),
+    )  # directions alone: `_about` gives the rest
     # Sums of squares keep their digits about a centre near their least: first that of the data alone, then
     # the posterior's that is found from there.
     first = _about(axes, quadratic, scale.squares.centre)

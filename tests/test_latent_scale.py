@@ -138,27 +138,47 @@ def test_the_axes_give_the_density_its_gradient_and_its_centre(model):
         close(grad, by_position @ jacobian.mT, 1e-10)
 
 
-def test_residuals_that_can_all_vanish_do_no_harm():
+SIX = numbers(6, seed=11)
+
+
+def saturated(y, *, sigma):
     """One observation per copy: the joint density is unbounded, the posterior is not."""
+    theta = bt.tied("theta", bt.Tie.chain(6), sigma, dist.Normal(0.3, 1.0), form="copies")
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("row", 6):
+        pyro.sample("y", dist.Normal(theta, noise), obs=y)
 
-    def model(y, *, sigma):
-        theta = bt.tied("theta", bt.Tie.chain(6), sigma, dist.Normal(0.3, 1.0), form="copies")
-        noise = pyro.sample("noise", dist.HalfNormal(1.0))
-        with pyro.plate("row", 6):
-            pyro.sample("y", dist.Normal(theta, noise), obs=y)
 
-    y = numbers(6, seed=11)
-    tree = bt.sweep(model, y, over={"sigma": [0.5, 1.5]}, seed=1, num_draws=2500, engine="laplace")
+def saturated_marginal(h, sigma):
+    """Log joint of h (n,) and the data: y is Gaussian given the noise, in float64 by hand."""
+    edges = torch.diff(torch.eye(6, dtype=torch.float64), dim=0)
+    precision = torch.eye(6, dtype=torch.float64) + edges.mT @ edges / sigma**2
+    mean = torch.linalg.solve(precision, torch.full((6,), 0.3, dtype=torch.float64))
+    covariance = torch.linalg.inv(precision) + (2.0 * h).exp().view(-1, 1, 1) * torch.eye(6)
+    joint = dist.MultivariateNormal(mean, covariance).log_prob(SIX)
+    return joint + dist.HalfNormal(1.0).log_prob(h.exp()) + h
+
+
+def test_the_marginal_of_a_noise_that_can_vanish_keeps_its_digits():
+    """Far out on the proposal's grid the precision is 1e20: rounding of squares would outweigh the data."""
+    program = LaneProgram(saturated, (SIX,), {}, {"sigma": torch.tensor([0.5, 1.5], dtype=torch.float64)})
+    density = build_density(program)
+    assert isinstance(density, AffineDensity) and density.noise_axes is not None
+    h = torch.linspace(-30.0, 2.5, 261, dtype=torch.float64)
+    found = density.noise_axes.marginal(h.expand(2, -1))
+    for row, sigma in zip(found, (0.5, 1.5), strict=True):
+        expected = saturated_marginal(h, sigma)
+        close(row[h > -14] - row[-1], expected[h > -14] - expected[-1], 1e-8)
+        # Further out the squares' own rounding may lower it, never raise it.
+        assert bool((row - row[-1] - expected + expected[-1] < 1e-6).all())
+
+
+def test_residuals_that_can_all_vanish_do_no_harm():
+    tree = bt.sweep(saturated, SIX, over={"sigma": [0.5, 1.5]}, seed=1, num_draws=2500, engine="laplace")
     assert bool(tree.sweep.certified.all()), tree.sweep.reason.values
     h = torch.linspace(-12.0, 2.5, 4001, dtype=torch.float64)
     for sigma in (0.5, 1.5):
-        # The copies integrated out by hand: y is Gaussian given the noise.
-        edges = torch.diff(torch.eye(6, dtype=torch.float64), dim=0)
-        precision = torch.eye(6, dtype=torch.float64) + edges.mT @ edges / sigma**2
-        mean = torch.linalg.solve(precision, torch.full((6,), 0.3, dtype=torch.float64))
-        covariance = torch.linalg.inv(precision) + (2.0 * h).exp().view(-1, 1, 1) * torch.eye(6)
-        joint = dist.MultivariateNormal(mean, covariance).log_prob(y)
-        weight = (joint + dist.HalfNormal(1.0).log_prob(h.exp()) + h).softmax(0)
+        weight = saturated_marginal(h, sigma).softmax(0)
         expected = float((weight * h.exp()).sum())
         draws = tree.posterior["noise"].sel(sigma=sigma).values
         ess = min(float(tree.sweep.ess_weights.sel(sigma=sigma)), draws.size)
