@@ -60,7 +60,7 @@ def _quantile(ordered: Tensor, q: float) -> Tensor:
 def _normal_scores(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (Q, N) -> normal scores of their ranks, ties sharing the mean of theirs, and the rows sorted."""
     count = flat.shape[1]
-    ordered, order = flat.sort(1)
+    ordered, order = _sorted(flat)
     halves = torch.arange(2, 2 * count + 1, dtype=flat.dtype, device=flat.device) / 2
     table = torch.special.ndtri((halves - 0.375) / (count + 0.25))  # of ranks 1, 1.5, 2, ...
     scores = table[::2].expand_as(flat)
@@ -70,6 +70,14 @@ def _normal_scores(flat: Tensor) -> tuple[Tensor, Tensor]:
         scores = scores.clone()
         scores[tied] = table[_twice_mean_rank(differs[tied])]
     return torch.empty_like(flat).scatter_(1, order, scores), ordered
+
+
+def _sorted(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in order, and the order."""
+    if flat.device.type != "cpu":
+        return flat.sort(1)
+    order = torch.from_numpy(flat.numpy().argsort(1))  # three times faster than torch's
+    return flat.gather(1, order), order
 
 
 def _twice_mean_rank(differs: Tensor) -> Tensor:

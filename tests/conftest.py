@@ -1,10 +1,19 @@
 """Shared by all tests: shapes checked at run time, seeds, and a canonical place for slow warnings."""
 
+from pathlib import Path
+
 import jaxtyping
 import pytest
 
 # Before anything imports bayestie: functions whose annotations hold jaxtyping shapes are checked by beartype.
-jaxtyping.install_import_hook("bayestie", "shape_check.check")
+# The kernels have none, and numba compiles only what it is given undecorated.
+_ROOT = Path(__file__).parents[1]
+_MODULES = [
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+    for path in (_ROOT / "bayestie").rglob("*.py")
+    if path.name not in ("_kernels.py", "__init__.py")
+]
+jaxtyping.install_import_hook(_MODULES, "shape_check.check")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """NUTS coordinates of posteriors that are Gaussian given one unknown noise: a gradient is O(D)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
 from bayestie._noise_axes import AxesDensity, NoiseAxes
 
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+_REACH = 40.0  # sds of h about its mode that its prior is tabulated over
+
 
 @dataclass
 class NoiseCoordinates:
-    """z of every point: (h, y) = centre + width z in the axes of `NoiseAxes`, a linear map of the latents."""
+    """z of every point: (h, y) = centre + width scale z in the axes of `NoiseAxes`, linear in the latents."""
 
     task: Task
     fit: LaplaceFit
@@ -21,14 +25,16 @@ class NoiseCoordinates:
     centre: Tensor  # (P, D)
     width: Tensor  # (P, D)
     scale: Tensor  # (P, D), learned in the warmup
+    prior: ValueAndGrad | None = None  # of h, elementwise, where it is tabulated
 
     def __post_init__(self) -> None:
-        self.density = AxesDensity(self.axes)
+        self._width = self.width * self.scale
+        self._density = self._by_torch if self.prior is None else self._compiled(self.prior)
 
     def take(self, index: Tensor) -> "NoiseCoordinates":
         """Some of the points."""
-        kept = (getattr(self, name)[index] for name in ("centre", "width", "scale"))
-        return NoiseCoordinates(self.task, self.fit.take(index), self.axes.take(index), *kept)
+        kept = {name: getattr(self, name)[index] for name in ("centre", "width", "scale")}
+        return replace(self, fit=self.fit.take(index), axes=self.axes.take(index), **kept)
 
     def to_position(self, z: Tensor) -> Tensor:
         """(P, batch, D) -> (P, batch, num_latent)."""
@@ -39,11 +45,20 @@ class NoiseCoordinates:
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `Coordinates.evaluate`."""
-        value, grad = self.density.value_and_grad(self._at(z))
-        return value, value, grad * (self.width * self.scale).unsqueeze(1)
+        value, grad = self._density(z)
+        return value, value, grad
+
+    def _by_torch(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = AxesDensity(self.axes).value_and_grad(self._at(z))
+        return value, grad * self._width.unsqueeze(1)
+
+    def _compiled(self, prior: ValueAndGrad) -> ValueAndGrad:
+        from bayestie._engines._native_axes import native_density  # the compiler takes long to import
+
+        return native_density(AxesDensity(self.axes), self.centre, self._width, prior)
 
     def _at(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.centre.unsqueeze(1), (self.width * self.scale).unsqueeze(1), z)
+        return torch.addcmul(self.centre.unsqueeze(1), self._width.unsqueeze(1), z)
 
 
 def noise_coordinates(task: Task, fit: LaplaceFit) -> NoiseCoordinates | None:
@@ -60,4 +75,11 @@ def noise_coordinates(task: Task, fit: LaplaceFit) -> NoiseCoordinates | None:
     width[:, others] = axes.pull(fit.mode[:, j : j + 1])[1].squeeze(1).rsqrt()
     # The sd of h alone, the other latents integrated out: the marginal covariance's diagonal.
     width[:, j] = fit.factor[:, j].norm(dim=1)
-    return NoiseCoordinates(task, fit, axes, centre, width, torch.ones_like(centre))
+    coordinates = NoiseCoordinates(task, fit, axes, centre, width, torch.ones_like(centre))
+    if centre.device.type != "cpu":
+        return coordinates
+    from bayestie._engines._prior_table import PriorTable
+
+    reach = _REACH * width[:, j]
+    low, high = float((centre[:, j] - reach).min()), float((centre[:, j] + reach).max())
+    return replace(coordinates, prior=PriorTable(axes.scale.log_prior, low, high))

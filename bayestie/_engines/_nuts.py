@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from bayestie._engines._axis_map import axis_map
@@ -23,7 +24,7 @@ from bayestie._workers import run_all, unsplit
 STEP_TRAJECTORIES = 96
 METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain gives at least 16
 SHORTEST = 50  # draws of a short chain in a round, at least
-FIRST_ROUND = 1.4  # times what is stored: R-hat of many quantities at once needs some 1,400 draws
+EFFICIENCY = 0.8  # effective draws of one draw of the worst quantity, as rounds are planned
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 16  # times the first round, at most
 _JUDGED = 5_000_000  # numbers judged together
@@ -135,7 +136,7 @@ class _Sampler:
         sd = z.flatten(1, 2).std(1)
         # Shrunk towards the Laplace scale as Stan shrinks its variances towards a constant.
         ratio = ((count * sd.square() + 10.0) / (count + 10.0)).sqrt()
-        self.at.scale = self.at.scale * ratio
+        self.at = replace(self.at, scale=self.at.scale * ratio)
         self.z = self.z / ratio.unsqueeze(1)
 
     def sample(self) -> Draws:
@@ -150,7 +151,7 @@ class _Sampler:
         self.quality = [(float("inf"), 0.0, 0.0)] * count
         self.all_points = self.points
         active = torch.arange(count, device=self.points.device)
-        first = math.ceil(FIRST_ROUND * self.task.num_draws / self.pieces)
+        first = math.ceil(max(self.task.num_draws, self._planned()) / self.pieces)
         made, size = 0, first
         try:
             while True:
@@ -165,6 +166,19 @@ class _Sampler:
             good = [i for i in range(count) if is_good(self.quality[i], self.task.target_ess)]
             raise Interrupted(self._draws(good)) from interrupt
         return self._draws(list(range(count)))
+
+    def _planned(self) -> float:
+        """Draws per stored chain after which three strengths in four should have their largest R-hat right.
+
+        Of m = 2 C independent half chains and S effective draws in all, S (R-hat^2 - 1) is near
+        m chi^2 / (m - 1) on m - 1 degrees of freedom, for the ranks and folded ranks of every quantity.
+        """
+        draw = self.at.to_position(self.z[:, :1]).unsqueeze(1)
+        if self.task.quantities is not None:
+            draw = self.task.quantities(self.points, draw)
+        halves = 2 * self.task.num_chains
+        largest = float(chi2.isf(0.25 / (2 * draw.shape[-1]), halves - 1)) / (halves - 1)
+        return halves * largest / ((MAX_RHAT**2 - 1.0) * EFFICIENCY) / self.task.num_chains
 
     def _missing(self, active: Tensor) -> float:
         """How much more half of these points need, as a share of what they have: errors fall as 1 / n."""

@@ -1,0 +1,104 @@
+"""Compiled trajectories against the same state machine in torch, tabulated priors against the function."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import numbers
+
+from bayestie._engines._native import NativeTrajectories
+from bayestie._engines._prior_table import PriorTable
+from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
+from bayestie._latent_scale import value_and_slope
+
+LANES, DIM = 12, 5
+
+
+def normal(z: Tensor) -> tuple[Tensor, Tensor]:
+    return -0.5 * z.square().sum(1), -z
+
+
+def funnel(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Its neck makes trajectories diverge, its mouth makes them deep."""
+    v, x = 2.0 * z[:, :1], z[:, 1:]
+    precision = torch.exp(-v)
+    value = -0.5 * (v.square().sum(1) / 4.0 + precision.squeeze(1) * x.square().sum(1) + v.squeeze(1) * 4)
+    by_v = -v / 4.0 + 0.5 * precision * x.square().sum(1, keepdim=True) - 2.0
+    return value, torch.cat([2.0 * by_v, -precision * x], 1)
+
+
+def cliff(z: Tensor) -> tuple[Tensor, Tensor]:
+    """No density, and no gradient, beyond 1."""
+    value, grad = normal(z)
+    gone = z[:, 0] > 1.0
+    return torch.where(gone, torch.nan, value), torch.where(gone.unsqueeze(1), torch.nan, grad)
+
+
+@pytest.mark.parametrize(("target", "step"), [(normal, 0.3), (funnel, 1.2), (cliff, 0.5)])
+@pytest.mark.parametrize("max_depth", [2, MAX_DEPTH])
+def test_compiled_trajectories_are_those_of_torch(target, step, max_depth):
+    def leaf(z: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = target(z)
+        return torch.stack([value + 1.0, value], 1), grad
+
+    z = 0.3 * numbers(LANES, DIM, seed=1)
+    both = [kind(z.clone(), *leaf(z), max_depth) for kind in (Trajectories, NativeTrajectories)]
+    lane, draws = torch.arange(LANES), 6
+    kept = [(torch.zeros(LANES, dtype=torch.long), torch.zeros(LANES, draws + 1, DIM).double()) for _ in both]
+    rows = [torch.zeros(LANES, draws + 1, len(STATISTICS)).double() for _ in both]
+    steps = torch.full((LANES,), step, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    for state in both:
+        state.start(lane, numbers(LANES, DIM, seed=2), torch.linspace(0.0, 1.0, LANES).double(), steps)
+    for tick in range(400):
+        uniforms = torch.rand(LANES, 4, generator=generator, dtype=torch.float64)
+        momentum = torch.randn(LANES, DIM, generator=generator, dtype=torch.float64)
+        ended = []
+        for state, (count, positions), row in zip(both, kept, rows, strict=True):
+            position, half = state.propose()
+            ended.append(state.advance(position, half, *leaf(position), uniforms))
+            state.record(ended[-1], lane, count, positions, row)
+            state.start(ended[-1], momentum, uniforms[:, 0], steps)
+        assert torch.equal(*ended), tick
+        if tick == 200:
+            for state in both:
+                state.keep(torch.arange(0, LANES, 2))
+                steps = steps[: LANES // 2]
+            lane, kept = lane[::2], [(count[::2].clone(), positions) for count, positions in kept]
+            break
+    (first, at), (second, beside) = kept
+    assert torch.equal(first, second) and int(first.min()) >= 2
+    stored = rows[0][:, :draws], rows[1][:, :draws]
+    torch.testing.assert_close(at[:, :draws], beside[:, :draws], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*stored, rtol=1e-9, atol=1e-9, equal_nan=True)
+    for name in ("last", "drawn", "sums", "numbers"):
+        one, other = (getattr(state, name) for state in both)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, equal_nan=True)
+    if target is not normal:
+        assert bool((stored[0][..., STATISTICS.index("diverging")] > 0).any())
+
+
+def test_a_tabulated_prior_is_the_function():
+    def smooth(h: Tensor) -> Tensor:
+        return -0.5 * (2.0 * h).exp() + h - torch.log1p((0.3 * h).square())
+
+    table = PriorTable(smooth, -12.0, 6.0)
+    assert table.is_good
+    h = torch.linspace(-11.99, 5.99, 7000, dtype=torch.float64).reshape(7, -1)
+    for found, expected in zip(table(h), value_and_slope(smooth, h), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    beyond = torch.tensor([[-13.0, 0.0], [7.0, 1.0]], dtype=torch.float64)
+    for found, expected in zip(table(beyond), value_and_slope(smooth, beyond), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bound", [0.1, math.pi / 3])
+def test_a_prior_with_an_edge_is_not_tabulated(bound):
+    def edged(h: Tensor) -> Tensor:
+        return torch.where(h < bound, -h.square(), -torch.inf)
+
+    table = PriorTable(edged, -4.0, 4.0)
+    assert not table.is_good
+    h = torch.tensor([[bound - 1e-6, bound + 1e-6]], dtype=torch.float64)
+    assert torch.equal(table(h)[0], edged(h))
