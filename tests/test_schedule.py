@@ -54,10 +54,14 @@ def test_copies_are_carried_exactly(kind, form):
         assert torch.equal(new["scale"], old["scale"])
 
 
-def test_a_statement_that_rests_on_another_is_carried_with_it():
+@pytest.mark.parametrize(
+    ("tie", "form"),
+    [(bt.Tie.chain(3), "level"), (bt.Tie.chain(3), "copies"), (bt.Tie.exchangeable(3), "matched")],
+)
+def test_a_statement_that_rests_on_another_is_carried_with_it(tie, form):
     def model(*, sigma):
-        first = bt.tied("first", bt.Tie.chain(3), sigma, dist.Normal(0.0, 1.0))
-        second = bt.tied("second", bt.Tie.chain(3), sigma, dist.Normal(first.mean(), first[0].exp()))
+        first = bt.tied("first", bt.Tie.chain(3), sigma, dist.Normal(0.0, 1.0), form="copies")
+        second = bt.tied("second", tie, sigma, dist.Normal(first.mean(), first[0].exp()), form=form)
         pyro.sample("y", dist.Normal(second, 1.0).to_event(1), obs=torch.zeros(3))
 
     before = LaneProgram(model, (), {}, {"sigma": SIGMAS})
