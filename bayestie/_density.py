@@ -5,7 +5,8 @@ Positions have shape (points, batch, num_latent): a rectangle of lanes, one row 
 passes. `bayestie._affine` has a cheaper route for generalised linear models.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -82,34 +83,46 @@ class ProgramDensity:
     def __init__(self, program: LaneProgram):
         self.program = program
         self.num_latent = program.num_latent
-        rows = sum(v.numel() for v in program.observed_values.values()) + program.num_latent
-        self.max_lanes = max(1, MAX_ELEMENTS // max(rows, 1) // 4)
+        self.max_lanes = self._max_lanes({})
 
     def value(self, points: Tensor, position: Tensor) -> Tensor:
         return self._lanes(points, position, gradient=False)[0]
 
-    def value_and_grad(self, points: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = self._lanes(points, position, gradient=True)
+    def value_and_grad(
+        self, points: Tensor, position: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log density and gradient; of ``rows`` by plate, scaled to stand for all, where these are given."""
+        value, grad = self._lanes(points, position, gradient=True, rows=rows or {})
         return value, grad
 
-    def _lanes(self, points: Tensor, position: Tensor, gradient: bool) -> tuple[Tensor, Any]:
+    def _lanes(
+        self, points: Tensor, position: Tensor, gradient: bool, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Any]:
         num_points, batch, dim = position.shape
         flat = position.reshape(-1, dim)
         index = points.repeat_interleave(batch)
         values, grads = [], []
-        chunk = min(self.max_lanes, len(flat))
+        chunk = min(self._max_lanes(rows) if rows else self.max_lanes, len(flat))
         for start in range(0, len(flat), chunk):
             stop = min(start + chunk, len(flat))
             count = stop - start
             width = _widths(count) if self.program.loop_reason is None else count
             pad = torch.arange(start, start + width, device=flat.device).clamp(max=stop - 1)
-            out = self.program.evaluate(flat[pad], self.program.point_inputs(index[pad]), gradient=gradient)
+            inputs = self.program.point_inputs(index[pad])
+            out = self.program.evaluate(flat[pad], inputs, gradient=gradient, rows=rows)
             value, grad = out if gradient else (out, None)
             values.append(value[:count])
             if grad is not None:
                 grads.append(grad[:count])
         value = torch.cat(values).reshape(num_points, batch)
         return value, torch.cat(grads).reshape(num_points, batch, dim) if gradient else None
+
+    def _max_lanes(self, rows: Mapping[str, Tensor]) -> int:
+        program, elements = self.program, self.num_latent
+        for name, value in program.observed_values.items():
+            plates = [plate for plate in program.observed[name].dims if plate in rows]
+            elements += value.numel() * math.prod(len(rows[p]) / program.minibatches[p][1] for p in plates)
+        return max(1, int(MAX_ELEMENTS // elements // 4))
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
         if self.program.loop_reason is not None:

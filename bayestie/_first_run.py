@@ -1,6 +1,6 @@
 """A model's validated run: its sites recorded, what cannot be served refused, and errors told by site."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from bayestie._messages import (
     base_distribution,
     cast_outcomes,
     filled,
+    given_rows,
     is_deterministic,
     is_enumerated,
     is_subsample,
@@ -30,20 +31,14 @@ from bayestie._messages import (
 class FirstRun(Messenger):
     """The validated run: draws every latent, records every site, names the site an error is about."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
+        self.rows = rows or {}  # of plates that shall hold some of their rows
         self.messages: dict[str, Any] = {}
         self.fills: dict[str, Tensor] = {}  # observed site with masked rows -> a value it did observe
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_subsample(msg):
-            if msg["fn"].subsample_size is not None and msg["fn"].subsample_size < msg["fn"].size:
-                raise ModelError(
-                    f"plate '{msg['name']}'",
-                    found=f"a subsample of {msg['fn'].subsample_size} of {msg['fn'].size} rows",
-                    expected="all rows",
-                    fix="Drop subsample_size; minibatches are an option of engine='pyro_svi'.",
-                )
+        if given_rows(msg, self.rows) or is_subsample(msg):
             return
         if msg["name"] in self.messages:
             raise DuplicateSiteError(
@@ -94,7 +89,7 @@ class FirstRun(Messenger):
             fill = _observed_value(msg)
             if fill is not None:
                 self.fills[msg["name"]] = fill
-            _check_observed(msg, msg["value"] if fill is None else filled(msg, fill))
+            _check_observed(msg, msg["value"] if fill is None else filled(msg, fill), sorted(self.rows))
 
 
 def _observed_value(msg: Any) -> Tensor | None:
@@ -109,7 +104,7 @@ def _observed_value(msg: Any) -> Tensor | None:
     return rows[first].squeeze(0)
 
 
-def _check_observed(msg: Any, scored: Tensor) -> None:
+def _check_observed(msg: Any, scored: Tensor, minibatched: Sequence[str]) -> None:
     value, mask = msg["value"], msg["mask"]
     kept = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else torch.as_tensor(mask)
     event_dim = msg["fn"].event_dim
@@ -133,7 +128,10 @@ def _check_observed(msg: Any, scored: Tensor) -> None:
                 f"observed site '{msg['name']}'",
                 found=f"data of shape {tuple(value.shape)} for a likelihood of shape {shape}",
                 expected="one shape",
-                fix="Check the data, and the number of copies of any tie they depend on.",
+                fix="Check the data, and the number of copies of any tie they depend on."
+                if not minibatched
+                else f"Of minibatches of {minibatched}, give the data of the rows drawn: "
+                "`with pyro.plate(...) as rows: ... obs=y[rows]`, or pyro.subsample(y, event_dim=0).",
             ) from error
         outside = "support" in str(error)
         raise (DataError if outside else ModelError)(

@@ -11,7 +11,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayestie._messages import cast_outcomes, filled, is_deterministic, is_enumerated, is_subsample
+from bayestie._messages import (
+    cast_outcomes,
+    filled,
+    given_rows,
+    is_deterministic,
+    is_enumerated,
+    is_subsample,
+    weight_of_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Lane(Messenger):
     """Gives latent sites their value from a flat vector and adds up the log joint density.
 
     Entered first, so that plates, scales and masks of the model have acted on a message before it is
-    seen here.
+    seen here. Plates named in ``rows`` hold those rows, and Pyro scales their densities by size / len(rows).
     """
 
     def __init__(
@@ -82,10 +90,11 @@ class Lane(Messenger):
         fills: Mapping[str, Tensor] | None = None,
         imputed: Mapping[str, str] | None = None,
         until: Set[str] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         self.sites, self.position, self.weights = sites, position, weights
-        self.until = until
+        self.until, self.rows = until, rows or {}
         self.without, self.on_observed = without, on_observed
         self.fills, self.imputed = fills or {}, imputed or {}
         self.log_jacobian = position.new_zeros(())
@@ -95,7 +104,7 @@ class Lane(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"]:
             cast_outcomes(msg)
-        if msg["is_observed"] or msg["done"] or is_subsample(msg):
+        if msg["is_observed"] or msg["done"] or given_rows(msg, self.rows) or is_subsample(msg):
             return
         if is_enumerated(msg):
             # Summed out by poutine.enum where the density is asked for; any category does elsewhere.
@@ -129,7 +138,7 @@ class Lane(Messenger):
             return
         weight = self.weights.get(name)
         if weight is not None:
-            msg["scale"] = msg["scale"] * weight
+            msg["scale"] = msg["scale"] * weight_of_rows(msg, weight, self.rows)
         log_density = msg["fn"].log_prob(msg["value"])
         self.log_densities[name] = scale_and_mask(log_density, msg["scale"], msg["mask"])
 

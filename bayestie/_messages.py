@@ -1,6 +1,6 @@
 """What Pyro's messages say: the kind of a statement, its family, its axes, its values under a mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -50,6 +50,22 @@ def plate_dims(msg: Any, shape: Sequence[int]) -> tuple[str | None, ...]:
         if position >= 0 and shape[position] == frame.size:
             dims[position] = frame.name
     return tuple(dims)
+
+
+def given_rows(msg: Any, rows: Mapping[str, Tensor]) -> bool:
+    """Whether this is the statement of a plate whose rows are given, which it then takes."""
+    if not is_subsample(msg) or msg["name"] not in rows:
+        return False
+    msg["value"], msg["done"] = rows[msg["name"]], True
+    return True
+
+
+def weight_of_rows(msg: Any, weight: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    """A site's weight per observation at those rows of its plates that are given."""
+    for frame in msg["cond_indep_stack"]:
+        if frame.name in rows and frame.vectorized:
+            weight = weight.index_select(frame.dim, rows[frame.name])
+    return weight
 
 
 def cast_outcomes(msg: Any) -> None:

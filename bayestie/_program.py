@@ -11,18 +11,24 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bayestie._enumerated import enumerated_log_prob
 from bayestie._errors import BayestieError, KeywordError, NoLatentError, first_line
 from bayestie._first_run import FirstRun, explained
 from bayestie._lane import Enough, Lane, LaneInputs, Site
-from bayestie._messages import elementwise_family, is_deterministic, is_enumerated, plate_dims
+from bayestie._messages import (
+    elementwise_family,
+    is_deterministic,
+    is_enumerated,
+    plate_dims,
+    weight_of_rows,
+)
 from bayestie._model_arguments import argument_names, check_keywords
 from bayestie._run_context import model_defaults, seeded, to_tensors
-from bayestie._vmap_mends import Enumerate, mended, mended_enumeration
+from bayestie._vmap_mends import Enumerate, every_row, mended, mended_enumeration
 
 # Tracing a graph costs about as much as this many eager evaluations.
 TRACE_AFTER = 25
@@ -33,6 +39,10 @@ class LaneProgram:
 
     ``u`` is the flat unconstrained vector of length ``num_latent``; the density includes the Jacobian of
     the maps to the constrained supports, so it is Pyro's potential with the sign turned.
+
+    Plates hold all their rows whatever their ``subsample_size``; ``minibatches`` says which plates ask for
+    fewer, plate -> (rows of a minibatch, all rows). Where ``rows`` are given by plate, index tensors that
+    all lanes share, these plates hold those rows and their densities are scaled as Pyro scales them.
 
     Args:
         model: the Pyro model.
@@ -94,26 +104,11 @@ class LaneProgram:
             if self.num_points <= 100
             else range(0, self.num_points, self.num_points // 50)
         )
-        store = pyro.get_param_store()
-        self.params = to_tensors(store.get_state(), self.dtype, self.device)
-        with (
-            seeded(self.seed, self.device),
-            model_defaults(self.dtype, self.device),
-            pyro.validation_enabled(True),
-            store.scope(self.params),
-        ):
+        self.params = to_tensors(pyro.get_param_store().get_state(), self.dtype, self.device)
+        self.minibatches: dict[str, tuple[int, int]] = {}
+        with self._validated(), every_row(self.minibatches):
             for point in chosen:
-                inputs = self.point(point)
-                args, kwargs = self._arguments(inputs)
-                first = FirstRun()
-                try:
-                    with first:
-                        self.model(*args, **kwargs)
-                except BayestieError:
-                    raise
-                except Exception as error:
-                    arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
-                    raise explained(error, first, self.model, arguments, inputs.swept) from error
+                first = self._first_run(self.point(point), {})
                 if point == 0:
                     self._read_sites(first.messages)
                     self.fills = first.fills
@@ -122,6 +117,42 @@ class LaneProgram:
                         self.tie_strengths.setdefault(name, []).append(site["infer"]["bayestie"]["sigma"])
         # pyro.param statements keep the values they have now: constants of the density.
         self.params = to_tensors(self.params, self.dtype, self.device)
+
+    @contextlib.contextmanager
+    def _validated(self) -> Iterator[None]:
+        with (
+            seeded(self.seed, self.device),
+            model_defaults(self.dtype, self.device),
+            pyro.validation_enabled(True),
+            pyro.get_param_store().scope(self.params),
+        ):
+            yield
+
+    def _first_run(self, inputs: LaneInputs, rows: Mapping[str, Tensor]) -> FirstRun:
+        args, kwargs = self._arguments(inputs)
+        first = FirstRun(rows)
+        try:
+            with first:
+                self.model(*args, **kwargs)
+        except BayestieError:
+            raise
+        except Exception as error:
+            arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
+            raise explained(error, first, self.model, arguments, inputs.swept) from error
+        return first
+
+    def check_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Run the model once, validated, on some of its rows.
+
+        Raises:
+            ModelError: (and its kinds) a model that does not run on them.
+        """
+        with self._validated(), every_row():
+            self._first_run(self.point(0), rows)
+        if self.enumerated:
+            with self.quiet():
+                position = torch.zeros(self.num_latent, dtype=self.dtype, device=self.device)
+                self.log_joint(position, self.point(0), rows)
 
     def _read_sites(self, messages: Mapping[str, Any]) -> None:
         latent, observed, deterministic, enumerated = {}, {}, {}, []
@@ -170,6 +201,9 @@ class LaneProgram:
         self.max_plate_nesting = max(
             (-f.dim for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized), default=0
         )
+        self.latent_plates = {  # latent -> names of the plates that it stands in, sequential ones too
+            name: [frame.name for frame in messages[name]["cond_indep_stack"]] for name in latent
+        }
         self.plates = {
             f.name: f.size for m in messages.values() for f in m["cond_indep_stack"] if f.vectorized
         }
@@ -187,6 +221,7 @@ class LaneProgram:
         without: Set[str] = frozenset(),
         on_observed: Callable[[Any], None] | None = None,
         until: Set[str] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> Lane:
         """The model once, at one position; ``inputs`` without a lane axis. Enumerated sites excluded.
 
@@ -194,7 +229,7 @@ class LaneProgram:
         message before its density would be. The model is left once the sites in ``until`` are seen.
         """
         lane = Lane(
-            self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed, until
+            self.latent, position, inputs.weights, without, on_observed, self.fills, self.imputed, until, rows
         )
         args, kwargs = self._arguments(inputs)
         with contextlib.suppress(Enough), lane:
@@ -208,11 +243,14 @@ class LaneProgram:
         kwargs = {name: inputs.data.get(name, value) for name, value in self.kwargs.items()}
         return args, kwargs | dict(inputs.swept)
 
-    def log_joint(self, position: Tensor, inputs: LaneInputs) -> Tensor:
+    def log_joint(
+        self, position: Tensor, inputs: LaneInputs, rows: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """log p(u, y) of one lane, the Jacobian included; a scalar."""
+        rows = rows or {}
         if not self.enumerated:
-            return self.run_lane(position, inputs).log_joint()
-        lane = Lane(self.latent, position, inputs.weights, fills=self.fills, imputed=self.imputed)
+            return self.run_lane(position, inputs, rows=rows).log_joint()
+        lane = Lane(self.latent, position, inputs.weights, fills=self.fills, imputed=self.imputed, rows=rows)
         args, kwargs = self._arguments(inputs)
         model = self._enumerating(-1 - self.max_plate_nesting)
         with mended_enumeration(), lane:
@@ -221,37 +259,50 @@ class LaneProgram:
                 trace.nodes[name].update(lane.mended(trace.nodes[name]))
             for name, weight in inputs.weights.items():
                 node: Any = trace.nodes[name]
-                node["scale"] = node["scale"] * weight
-            evaluator = TraceEinsumEvaluator(trace, True, self.max_plate_nesting)
-            return evaluator.log_prob(trace) + lane.log_jacobian
+                node["scale"] = node["scale"] * weight_of_rows(node, weight, rows)
+            return enumerated_log_prob(trace, self.max_plate_nesting, rows) + lane.log_jacobian
 
     # -- many lanes ----------------------------------------------------------------------------------
 
-    def evaluate(self, position: Tensor, inputs: LaneInputs, *, gradient: bool = False) -> Any:
+    def evaluate(
+        self,
+        position: Tensor,
+        inputs: LaneInputs,
+        *,
+        gradient: bool = False,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         """log joint, shape (lanes,), and on request its gradient, shape (lanes, num_latent), per lane.
 
-        Lanes that leave the finite numbers hold NaN or -inf; they never raise for the batch.
+        Lanes that leave the finite numbers hold NaN or -inf; they never raise for the batch. ``rows`` are
+        the rows that all lanes see of the plates it names, all of them elsewhere.
         """
+        rows = rows or {}
         if self.loop_reason is not None:
-            return self._loop(position, inputs, gradient)
+            return self._loop(position, inputs, gradient, rows)
         try:
-            return self._batched_function(position, inputs, gradient)(position, *inputs.flat())
+            function = self._batched_function(position, inputs, gradient, rows)
+            return function(position, *inputs.flat(), *rows.values())
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
             self._fall_back(error)
-            return self._loop(position, inputs, gradient)
+            return self._loop(position, inputs, gradient, rows)
 
-    def _batched_function(self, position: Tensor, inputs: LaneInputs, gradient: bool) -> Callable[..., Any]:
+    def _batched_function(
+        self, position: Tensor, inputs: LaneInputs, gradient: bool, rows: Mapping[str, Tensor]
+    ) -> Callable[..., Any]:
         """The eager batched function for the first calls at a width, its traced graph from then on."""
-        key = (gradient, position.shape, inputs.key())
+        key = (gradient, position.shape, inputs.key(), tuple((name, len(x)) for name, x in rows.items()))
         graph = self._graphs.get(key)
         if graph is not None:
             return graph
         self._calls[key] += 1
-        eager = self.batched(gradient, inputs)
+        eager = self.batched(gradient, inputs, tuple(rows))
         if self._calls[key] > TRACE_AFTER and self.trace_failure is None:
             try:
                 with self.quiet():
-                    graph = make_fx(eager, _allow_non_fake_inputs=True)(position, *inputs.flat())
+                    graph = make_fx(eager, _allow_non_fake_inputs=True)(
+                        position, *inputs.flat(), *rows.values()
+                    )
             except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
                 # Lanes stay a batch, untraced: a model that reads numbers off tensors (a sequential plate).
                 self.trace_failure = _described(error)
@@ -273,13 +324,15 @@ class LaneProgram:
 
         return run
 
-    def batched(self, gradient: bool, like: LaneInputs) -> Callable[..., Any]:
-        """The untraced batched function of (position, *flat inputs)."""
+    def batched(self, gradient: bool, like: LaneInputs, plates: Sequence[str] = ()) -> Callable[..., Any]:
+        """The untraced batched function of (position, *flat inputs, *rows of ``plates``)."""
+        num_inputs = len(like.flat())
 
         def one(position: Tensor, *flat: Tensor) -> Tensor:
-            return self.log_joint(position, like.unflatten(flat))
+            rows = dict(zip(plates, flat[num_inputs:], strict=True))
+            return self.log_joint(position, like.unflatten(flat[:num_inputs]), rows)
 
-        forward = torch.vmap(one)
+        forward = torch.vmap(one, in_dims=(*[0] * (1 + num_inputs), *[None] * len(plates)))
         if not gradient:
             return forward
 
@@ -304,14 +357,14 @@ class LaneProgram:
             stacklevel=2,
         )
 
-    def _loop(self, position: Tensor, inputs: LaneInputs, gradient: bool) -> Any:
+    def _loop(self, position: Tensor, inputs: LaneInputs, gradient: bool, rows: Mapping[str, Tensor]) -> Any:
         values, grads = [], []
         with self.quiet():
             for i in range(len(position)):
                 u = position[i].detach().clone().requires_grad_(gradient)
                 one = inputs.unflatten([x[i] for x in inputs.flat()])
                 try:
-                    value = self.log_joint(u, one)
+                    value = self.log_joint(u, one, rows)
                     grad = torch.autograd.grad(value, u)[0] if gradient else None
                 except (ValueError, RuntimeError) as error:
                     if not _is_numerical(error):

@@ -20,6 +20,7 @@ from bayestie._lane import LaneInputs
 from bayestie._messages import plate_dims
 from bayestie._program import LaneProgram
 from bayestie._run_context import model_defaults, seeded
+from bayestie._vmap_mends import every_row
 
 
 class Given(Messenger):
@@ -182,6 +183,7 @@ class Simulator:
             seeded(seed, self.device),
             model_defaults(self.dtype, self.device),
             pyro.validation_enabled(False),
+            every_row(),
             torch.no_grad(),
         ):
             for start in range(0, num, width):

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pyro.ops.einsum.torch_log as torch_log
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
 
@@ -48,9 +49,32 @@ class Enumerate(EnumMessenger):
 
 
 @contextlib.contextmanager
+def every_row(found: dict[str, tuple[int, int]] | None = None) -> Iterator[None]:
+    """Plates hold all their rows, or those that a handler gives them, whatever ``subsample_size`` says.
+
+    ``found`` is told of plates that ask for fewer: plate -> (rows of a minibatch, all rows). A plate that
+    is given its rows by the model (``subsample=``) keeps them.
+    """
+    original = SubsampleMessenger._subsample
+
+    def subsample(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *device: Any
+    ) -> Any:
+        if subsample_size is not None and subsample is None:
+            if found is not None and subsample_size < size:
+                found[name] = (int(subsample_size), int(size))
+            subsample_size = None
+        return original(name, size, subsample_size, subsample, *device)
+
+    with mock.patch.object(SubsampleMessenger, "_subsample", staticmethod(subsample)):
+        yield
+
+
+@contextlib.contextmanager
 def mended() -> Iterator[None]:
     """Lanes of any model but enumerated ones, which need `mended_enumeration` as well."""
     with (
+        every_row(),
         mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
         mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
     ):

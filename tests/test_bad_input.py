@@ -97,8 +97,8 @@ def undefined(y):
 
 def subsampled(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("row", len(y), subsample_size=3) as index:
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+    with pyro.plate("row", len(y), subsample_size=3):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
 def named_like_a_dimension(y):
@@ -278,10 +278,10 @@ CASES = {
         errors.KeywordError,
         ["site 'chain'", "dimension of the results", "Rename"],
     ),
-    "subsampling": (
-        lambda: bt.fit(subsampled, Y),
-        errors.ModelError,
-        ["plate 'row'", "3 of 12", "all rows", "Drop subsample_size"],
+    "a minibatch without its rows": (
+        lambda: bt.fit(subsampled, Y, engine="svi"),
+        errors.ShapeError,
+        ["observed site 'y'", "(12,)", "(3,)", "minibatches of ['row']", "y[rows]"],
     ),
     "a model that crashes": (
         lambda: bt.fit(crashing, Y),

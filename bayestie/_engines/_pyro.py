@@ -32,6 +32,7 @@ from bayestie._engines._quality import chain_verdict, quality
 from bayestie._errors import InferenceError, OptionError
 from bayestie._program import LaneProgram
 from bayestie._run_context import model_defaults
+from bayestie._vmap_mends import every_row
 
 WARMUP = 500
 NUM_STEPS, LEARNING_RATE, LAST_RATE = 2000, 0.05, 0.01  # the rate falls to a hundredth of its start
@@ -208,7 +209,7 @@ def _nuts_chain(
                 }
             )
 
-    with _own_world(task, 0, point, chain):
+    with _own_world(task, 0, point, chain), every_row():
         kernel = NUTS(program.model)
         mcmc = MCMC(
             kernel,
