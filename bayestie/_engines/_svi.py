@@ -8,10 +8,15 @@ length. An epoch runs at a constant rate and ends in the average of its later ha
 Welandawe, Andersen, Vehtari and Huggins 2022, A framework for improving the reliability of black-box
 variational inference). A point stops when an epoch moved its guide by less than independent draws of the
 size asked for could show, or by less than a hundredth of what the family itself misses.
+
+Plates with ``subsample_size`` give steps on minibatches (`_minibatch`). What compares, judges or certifies
+guides sees all rows.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +25,7 @@ from bayestie._affine import AffineDensity
 from bayestie._engines._guides import Curvature, FullRank, Gradient, Guide, LowRank, MeanField
 from bayestie._engines._importance import ImportancePool, needed_ess
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
+from bayestie._engines._minibatch import MinibatchScore, check_minibatches, describe_minibatches
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._errors import OptionError
 
@@ -36,6 +42,8 @@ START_SCALE = 0.1  # of a guide that has no Laplace fit to start from
 MAX_POOL = 4  # importance draws per point at most, in multiples of what is stored
 STREAM = 301
 
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (P, batch, D) -> log p and its gradient there
+
 
 def run_svi(task: Task, fit: LaplaceFit | None = None) -> Draws:
     """Draws from a fitted Gaussian guide at every point.
@@ -49,6 +57,7 @@ def run_svi(task: Task, fit: LaplaceFit | None = None) -> Draws:
     """
     begin = time.perf_counter()
     name = guide_name(task)
+    check_minibatches(task)
     dim = task.density.num_latent
     # A net's curvature costs a pass per latent and Newton a hundred of them, for widths that mean field
     # learns by itself.
@@ -72,6 +81,7 @@ def run_svi(task: Task, fit: LaplaceFit | None = None) -> Draws:
 def settle_guide(task: Task, fit: LaplaceFit) -> Tensor:
     """Means (P, D) of the guides after at most `STAGE_STEPS` steps, for a stage of a strength schedule."""
     name = guide_name(task)
+    check_minibatches(task)
     stage = replace(task, options={**task.options, "max_steps": STAGE_STEPS})
     curvature = None if name == "full_rank" else _curvature(fit)
     optimiser = _Optimiser(stage, start_guide(stage, name, fit), curvature)
@@ -184,7 +194,7 @@ class _Optimiser:
         while len(active) and taken < self.max_steps:
             length = min(length, self.max_steps - taken)
             old = self.guide.take(active)
-            new = self._epoch(active, old, length, epoch)
+            new = self._epoch(active, old, length, epoch, taken)
             judged = self._judge(active, old, new, epoch)
             taken, epoch = taken + length, epoch + 1
             self.steps[active] = taken
@@ -213,12 +223,15 @@ class _Optimiser:
         self.settled[active[settled]] = True
         return active[~settled]
 
-    def _epoch(self, active: Tensor, guide: Guide, length: int, epoch: int) -> Guide:
+    def _epoch(self, active: Tensor, guide: Guide, length: int, epoch: int, taken: int) -> Guide:
         """``length`` Adam steps at a constant rate per point; the average of the later half."""
         noise = self._noise(active, length * self.pairs, 2 + 2 * epoch)
         noise = noise.reshape(len(active), length, self.pairs, -1)
         curvature = None if self.curvature is None else self.curvature.take(active)
-        estimate = _ElboGradient(self.task, active, curvature)
+        score: Score = partial(self.task.density.value_and_grad, active)
+        if self.task.program.minibatches:
+            score = MinibatchScore(self.task, active, guide.loc, taken)
+        estimate = _ElboGradient(score, active, curvature)
         adam = _Adam(self.rate[active])
         average = guide
         for t in range(length):
@@ -271,15 +284,15 @@ class _ElboGradient:
     part of log p, whose expectation is known. Its coefficient is learned per point from earlier steps.
     """
 
-    def __init__(self, task: Task, points: Tensor, curvature: Curvature | None):
-        self.task, self.points, self.curvature = task, points, curvature
+    def __init__(self, score: Score, points: Tensor, curvature: Curvature | None):
+        self.score, self.curvature = score, curvature
         self.known = curvature.known if curvature is not None else torch.zeros_like(points, dtype=torch.bool)
         self.use = curvature is not None and bool(self.known.any())
         self.cross: Tensor | None = None
 
     def __call__(self, guide: Guide, noise: Tensor) -> Gradient:
         position = guide.position(noise)
-        value, score = self.task.density.value_and_grad(self.points, position)
+        value, score = self.score(position)
         broken = ~(value.isfinite() & score.isfinite().all(-1)).unsqueeze(-1)
         if bool(broken.any()):
             # A draw where the model has no density pulls the guide inwards.
@@ -351,6 +364,7 @@ def _draws(
         state = "settled after" if bool(optimiser.settled[p]) else "still moving after"
         notes.append(
             f"{name} guide {state} {int(optimiser.steps[p])} steps, ELBO {elbo:.6g} (error {error:.2g})"
+            + describe_minibatches(task.program)
         )
     needed = needed_ess(task)
     pool = ImportancePool(task, points, doubts, stream=STREAM + 1)
