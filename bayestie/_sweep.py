@@ -116,7 +116,9 @@ def fit(
         model: the Pyro model, a callable.
         *args: its positional arguments; arrays become tensors, floats are cast to float64.
         engine: ``"auto"`` (Laplace where it certifies itself, NUTS elsewhere), ``"laplace"``, ``"nuts"``,
-            ``"svi"``, or Pyro's own ``"pyro_nuts"`` and ``"pyro_svi"`` as references.
+            ``"svi"``, or Pyro's own ``"pyro_nuts"`` and ``"pyro_svi"`` as references. Plates with
+            ``subsample_size`` give the two svi minibatches to step on, with all rows to judge the guide by;
+            the other engines see all rows throughout.
         seed: of all random numbers; the caller's random state is left as it was.
         num_chains: chains stored, at least 2 for R-hat to mean anything.
         num_draws: draws stored per chain. An engine that needs more to reach ``target_ess`` draws more
