@@ -59,7 +59,7 @@ def test_compiled_trajectories_are_those_of_torch(target, step, max_depth):
             position, half = state.propose()
             ended.append(state.advance(position, half, *leaf(position), uniforms))
             state.record(ended[-1], lane, count, positions, row)
-            state.start(ended[-1], momentum, uniforms[:, 0], steps)
+            state.start(ended[-1], momentum[ended[-1]], uniforms[:, 0], steps)
         assert torch.equal(*ended), tick
         if tick == 200:
             for state in both:

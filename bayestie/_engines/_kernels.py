@@ -17,9 +17,10 @@ FAST = {"reassoc", "contract", "nsz"}
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def start(last, drawn, ends, sums, numbers, counts, forward, rows, momentum, uniform, step):
     dim = momentum.shape[1]
-    for i in rows:
+    for k in range(len(rows)):
+        i = rows[k]
         # Slices first: the loops are vector operations only where every index is a plain counter.
-        z, grad, p, total, sub_total = last[i, :dim], last[i, dim:], momentum[i], sums[i, 0], sums[i, 1]
+        z, grad, p, total, sub_total = last[i, :dim], last[i, dim:], momentum[k], sums[i, 0], sums[i, 1]
         left, right = ends[i, 0], ends[i, 1]
         kinetic = 0.0
         for d in range(dim):

@@ -5,10 +5,11 @@ depth. Every lane of a round draws the same number of times: stopping all lanes 
 trajectories and drop long ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
 
 TARGET_ACCEPT = 0.8
 TICKS_PER_BLOCK = 32  # noise is drawn, and finished lanes are dropped, once per block
+MOMENTA = 8  # trajectories that a lane is expected to start in a block, at most
 
 
 @dataclass
@@ -145,8 +147,8 @@ class Lanes:
         out = self.z.new_zeros(total, num_draws + 1, len(STATISTICS))
         count = torch.zeros(total, dtype=torch.long, device=self.z.device)
         state = trajectories(self.z, *self._evaluate(self.z), max_depth)
-        normals, uniforms = self._noise()
-        state.start(self.lane, normals[0], uniforms[0, :, 0], self._steps(step))
+        momenta, uniforms = self._momenta(), self._uniforms()
+        state.start(self.lane, momenta.take(self.lane), uniforms[0, :, 0], self._steps(step))
         while True:
             for t in range(1, TICKS_PER_BLOCK + 1):
                 z, p = state.propose()
@@ -157,7 +159,7 @@ class Lanes:
                 kept, rate = state.record(ended, self.lane, count, out_z, out)
                 if adapt:
                     step.update(self.rows, *self._acceptance(ended, kept, rate))
-                state.start(ended, normals[t], uniforms[t, :, 0], self._steps(step))
+                state.start(ended, momenta.take(ended), uniforms[t, :, 0], self._steps(step))
             busy = count < num_draws
             self.report(total * num_draws - int((num_draws - count[busy]).sum()))
             if not bool(busy.any()):
@@ -166,7 +168,7 @@ class Lanes:
             if kept_lanes is not None:
                 state.keep(kept_lanes)
                 count = torch.where(busy[kept_lanes], count[kept_lanes], num_draws)
-            normals, uniforms = self._noise()
+            momenta, uniforms = self._momenta(), self._uniforms()
         # Where a lane stands at some tick is biased towards long trajectories; at its n-th draw it is not.
         self.z = out_z[:, num_draws - 1]
         shape = (self.num_points, self.num_chains, num_draws)
@@ -203,16 +205,53 @@ class Lanes:
     def _steps(self, step: StepSize) -> Tensor:
         return step.log_step[self.rows].exp().repeat_interleave(len(self.lane) // len(self.rows))
 
-    def _noise(self) -> tuple[Tensor, Tensor]:
-        """Normals (ticks + 1, L, D) and uniforms (ticks + 1, L, 4), keyed by (seed, point, block)."""
-        normals, uniforms = [], []
+    def _uniforms(self) -> Tensor:
+        """(ticks + 1, L, 4) of the block that begins now, keyed by (seed, stream, point, tick)."""
+        parts = [
+            rng.random((TICKS_PER_BLOCK + 1, self.num_chains, 4))[:, chains]
+            for rng, chains in self._generators(0)
+        ]
+        return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
+
+    def _momenta(self) -> "Momenta":
+        def normals(chunk: int, number: int) -> Tensor:
+            shape = (number, self.num_chains, self.dim)
+            parts = [rng.standard_normal(shape)[:, chains] for rng, chains in self._generators(1 + chunk)]
+            return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
+
+        # To find out that more are needed would make an accelerator wait: there it starts with the most.
+        number = MOMENTA if self.z.device.type == "cpu" else TICKS_PER_BLOCK + 1
+        return Momenta(normals, number, len(self.lane))
+
+    def _generators(self, key: int) -> Iterator[tuple[np.random.Generator, np.ndarray]]:
+        """Of every point: a generator for this block, and the chains that are left."""
         table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
         for point, chains in zip(self.coordinates.fit.points.tolist(), table, strict=True):
-            rng = self.coordinates.task.generator(201, self.stream, point, self.ticks)
-            shape = (TICKS_PER_BLOCK + 1, self.num_chains)
-            uniforms.append(torch.as_tensor(rng.random((*shape, 4))[:, chains]))
-            normals.append(torch.as_tensor(rng.standard_normal((*shape, self.dim))[:, chains]))
-        return torch.cat(normals, 1).to(self.z), torch.cat(uniforms, 1).to(self.z)
+            yield self.coordinates.task.generator(201, self.stream, point, self.ticks, key), chains
+
+
+class Momenta:
+    """Standard normals for the trajectories that lanes start within a block, drawn as they are needed.
+
+    Args:
+        normals: makes a chunk of them (number, L, D), given its number among the chunks and how many.
+        number: in a chunk.
+        lanes: L.
+    """
+
+    def __init__(self, normals: Callable[[int, int], Tensor], number: int, lanes: int):
+        self.normals, self.number, self.chunks = normals, number, 1
+        self.ready = normals(0, number)
+        self.used = torch.zeros(lanes, dtype=torch.long, device=self.ready.device)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The next of each of these lanes, (rows, D)."""
+        at = self.used.index_select(0, rows)
+        self.used.index_add_(0, rows, torch.ones_like(at))
+        while len(self.ready) <= TICKS_PER_BLOCK and len(at) and int(at.max()) >= len(self.ready):
+            self.ready = torch.cat([self.ready, self.normals(self.chunks, self.number)])
+            self.chunks += 1
+        return self.ready[at, rows]
 
 
 def trajectories(z: Tensor, values: Tensor, grad: Tensor, max_depth: int) -> Trajectories:

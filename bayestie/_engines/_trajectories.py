@@ -60,9 +60,9 @@ class Trajectories:
     def start(self, rows: Tensor, momentum: Tensor, uniform: Tensor, step: Tensor) -> None:
         """Begin new trajectories from the last draws of the lanes ``rows``.
 
-        momentum (L, D), uniform (L,) and step (L,) are of all lanes.
+        momentum (rows, D) is of these; uniform (L,) and step (L,) are of all lanes.
         """
-        momentum, last = momentum.index_select(0, rows), self.last.index_select(0, rows)
+        last = self.last.index_select(0, rows)
         energy = 0.5 * momentum.square().sum(-1) - last[:, -2]
         z, grad = last[:, : self.dim], last[:, self.dim : 2 * self.dim]
         state = torch.cat([z, momentum, grad], 1).unsqueeze(1)
