@@ -1,5 +1,6 @@
 """Minibatches of `svi`: gradients on given rows against Pyro's, fits against fits on all rows, refusals."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributions import biject_to
 import bayestie as bt
 from bayestie import _program
 from bayestie._build_density import build_density
-from bayestie._engines import Task, _svi, run_pyro_nuts, run_pyro_svi
+from bayestie._engines import Task, _svi, fit_laplace, run_pyro_nuts, run_pyro_svi, run_svi
 from bayestie._engines._minibatch import MinibatchScore, draw_rows
 from bayestie._lane import LaneInputs
 from bayestie._program import LaneProgram
@@ -311,6 +312,15 @@ def test_svi_on_minibatches_agrees_with_all_rows():
     gap = found["sweep"].log_evidence - whole["sweep"].log_evidence
     error = np.hypot(found["sweep"].log_evidence_error, whole["sweep"].log_evidence_error)
     assert (np.abs(gap) < 4.0 * error).all()
+
+
+def test_steps_on_minibatches_find_the_posterior_from_elsewhere():
+    task = task_of(logistic, *logistic_data(2000, 5), batch=100, groups=5)
+    fit = fit_laplace(task, task.points)
+    # From a small ball at the origin: nothing but the steps can find the way.
+    draws = run_svi(task, dataclasses.replace(fit, converged=torch.zeros_like(fit.converged)))
+    assert all(draws.certified) and (draws.khat < 0.7).all()
+    assert all("settled after" in reason for reason in draws.reason)
 
 
 @pytest.mark.parametrize("engine", ["laplace", "nuts", "auto"])
