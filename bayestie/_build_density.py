@@ -60,7 +60,7 @@ def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDens
         offset = batched(torch.zeros_like(probe[0]), *flat)
         eye = torch.eye(dim, dtype=dtype, device=device)
         matrix = torch.empty(num_points, rows, dim, dtype=dtype, device=device)
-        width = max(1, MAX_ELEMENTS // (4 * rows * num_points))
+        width = max(1, MAX_ELEMENTS // (16 * rows * num_points))
         for start in range(0, dim, width):
             part = eye[start : start + width]
             lanes = part.repeat(num_points, 1)

@@ -16,7 +16,7 @@ from bayestie._run_context import seeded
 
 PREDICTIVE_DRAWS = 100  # posterior predictive draws kept per strength
 # Numbers of one lane batch: large enough to pay for a run of the model, small enough to stay near the cores.
-ELEMENTS = 2_000_000
+ELEMENTS = 1_000_000
 
 
 @dataclass(frozen=True)

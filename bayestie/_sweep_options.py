@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -65,7 +66,7 @@ class Options:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     def reporter(self) -> Progress:
-        """The callback, its failures named as its own."""
+        """The callback, one call at a time, its failures named as its own."""
         progress = self.progress
         if progress is None:
             return lambda event: None
@@ -77,9 +78,12 @@ class Options:
                 fix="Leave it out, or pass a function.",
             )
 
+        taking_turns = threading.Lock()  # lanes run on several threads
+
         def report(event: dict[str, Any]) -> None:
             try:
-                progress(event)
+                with taking_turns:
+                    progress(event)
             except Exception as error:
                 raise OptionError(
                     "progress",

@@ -148,7 +148,8 @@ class Lanes:
         count = torch.zeros(total, dtype=torch.long, device=self.z.device)
         state = trajectories(self.z, *self._evaluate(self.z), max_depth)
         momenta, uniforms = self._momenta(), self._uniforms()
-        state.start(self.lane, momenta.take(self.lane), uniforms[0, :, 0], self._steps(step))
+        steps = self._steps(step)
+        state.start(self.lane, momenta.take(self.lane), uniforms[0, :, 0], steps)
         while True:
             for t in range(1, TICKS_PER_BLOCK + 1):
                 z, p = state.propose()
@@ -159,7 +160,8 @@ class Lanes:
                 kept, rate = state.record(ended, self.lane, count, out_z, out)
                 if adapt:
                     step.update(self.rows, *self._acceptance(ended, kept, rate))
-                state.start(ended, momenta.take(ended), uniforms[t, :, 0], self._steps(step))
+                    steps = self._steps(step)
+                state.start(ended, momenta.take(ended), uniforms[t, :, 0], steps)
             busy = count < num_draws
             self.report(total * num_draws - int((num_draws - count[busy]).sum()))
             if not bool(busy.any()):
@@ -167,6 +169,7 @@ class Lanes:
             kept_lanes = self._compact(busy)
             if kept_lanes is not None:
                 state.keep(kept_lanes)
+                steps = self._steps(step)
                 count = torch.where(busy[kept_lanes], count[kept_lanes], num_draws)
             momenta, uniforms = self._momenta(), self._uniforms()
         # Where a lane stands at some tick is biased towards long trajectories; at its n-th draw it is not.

@@ -24,7 +24,7 @@ from bayestie._workers import run_all, unsplit
 STEP_TRAJECTORIES = 96
 METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain gives at least 16
 SHORTEST = 50  # draws of a short chain in a round, at least
-EFFICIENCY = 0.55  # effective draws of one draw, for the folded ranks of the worst quantity: rounds plan on it
+EFFICIENCY = 0.55  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 16  # times the first round, at most
 _JUDGED = 5_000_000  # numbers judged together
