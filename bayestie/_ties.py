@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,12 @@ from bayestie._graphs import count, grouped, lay_out, parent_edges, split_graph,
 from bayestie._layouts import Layout
 
 _DESCRIBED_EDGES = 20_000
+
+
+@lru_cache(maxsize=8)
+def _layout(part: Component) -> Layout:
+    """The same object at every run of a model, so that what it derives is derived once."""
+    return Layout((part,))
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +66,7 @@ class Tie(Frozen):
             TieError: K < 1.
         """
         size = count(num_copies, "num_copies")
-        return Tie("exchangeable", (size,), Layout((Star(scaled, size),)))
+        return Tie("exchangeable", (size,), _layout(Star(scaled, size)))
 
     @staticmethod
     def complete(num_copies: int, *, scaled: bool = False) -> "Tie":
@@ -76,7 +82,7 @@ class Tie(Frozen):
             TieError: K < 1.
         """
         size = count(num_copies, "num_copies")
-        return Tie("complete", (size,), Layout((Complete(scaled, size),)))
+        return Tie("complete", (size,), _layout(Complete(scaled, size)))
 
     @staticmethod
     def chain(num_copies: int, anchored: bool = False, *, scaled: bool = False) -> "Tie":
@@ -93,7 +99,7 @@ class Tie(Frozen):
         """
         size = count(num_copies, "num_copies")
         part = Walk(scaled, size) if anchored else Lattice(scaled, (size,))
-        return Tie("anchored_chain" if anchored else "chain", (size,), Layout((part,)))
+        return Tie("anchored_chain" if anchored else "chain", (size,), _layout(part))
 
     @staticmethod
     def ring(num_copies: int, *, scaled: bool = False) -> "Tie":
@@ -108,7 +114,7 @@ class Tie(Frozen):
         """
         size = count(num_copies, "num_copies")
         part = Ring(scaled, size) if size > 2 else Lattice(scaled, (size,))
-        return Tie("ring", (size,), Layout((part,)))
+        return Tie("ring", (size,), _layout(part))
 
     @staticmethod
     def grid(*shape: int, scaled: bool = False) -> "Tie":
@@ -127,7 +133,7 @@ class Tie(Frozen):
         """
         count(len(shape), "number of axes")
         axes = tuple(count(n, "shape") for n in shape)
-        return Tie("grid", axes, Layout((Lattice(scaled, axes),)))
+        return Tie("grid", axes, _layout(Lattice(scaled, axes)))
 
     @staticmethod
     def tree(parents: Sequence[int] | Tensor | np.ndarray, *, scaled: bool = False) -> "Tie":
