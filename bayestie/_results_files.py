@@ -16,12 +16,11 @@ import numpy as np
 import xarray as xr
 
 from bayestie._errors import OutputError, ResultsFileError
+from bayestie._places import RESULT_SUFFIXES, ZARR_SUFFIXES, check_suffix
 
 SCHEMA_VERSION = 1
 SCHEMA = "bayestie_schema"
 
-_NETCDF_SUFFIXES = (".nc", ".nc4", ".netcdf")
-_ZARR_SUFFIXES = (".zarr",)
 _MANIFEST = "bayestie_manifest"
 # Times and durations are labels like any other and must come back as they went.
 _DECODING: dict[str, Any] = {
@@ -47,14 +46,7 @@ def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
         OutputError: the suffix is unknown or the place cannot be written.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _NETCDF_SUFFIXES + _ZARR_SUFFIXES:
-        raise OutputError(
-            str(path),
-            found=f"the suffix {suffix!r}",
-            expected="one of " + ", ".join(_NETCDF_SUFFIXES + _ZARR_SUFFIXES),
-            fix="Name the file results.nc (one file) or results.zarr (a folder).",
-        )
+    check_suffix(path, RESULT_SUFFIXES)
     if path.is_dir() and not _is_our_store(path):
         raise OutputError(
             str(path),
@@ -66,7 +58,7 @@ def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
     # A string: HDF5 limits attributes to 64 KiB unless they are variable-length strings, which JSON is.
     tree.attrs = {**tree.attrs, SCHEMA: SCHEMA_VERSION, _MANIFEST: json.dumps(_manifest(tree))}
     with atomic_place(path) as temporary:
-        if suffix in _ZARR_SUFFIXES:
+        if path.suffix.lower() in ZARR_SUFFIXES:
             tree.to_zarr(temporary, mode="w-", consolidated=False, encoding=_encoding(tree, {}))
         else:
             # gzip at its lowest level after a byte shuffle: draws shrink by a tenth to a fifth

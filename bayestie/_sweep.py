@@ -145,10 +145,9 @@ def fit(
         log_prior, tie_energy, posterior_predictive, observed_data, constant_data, laplace_draws, overlap
         (every strength's log density at a few draws of each, for `evidence`), loo (the predictive score of
         every observation, for `compare`) and sweep. Read
-        ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws. Beyond 500
-        latents, where their precision is sparse, the copies themselves are sampled: a tied statement's
-        ``_z`` is not stored, and draws that would not fit in memory are thinned, with moments of all of them
-        in a group ``summary``.
+        ``sweep.certified`` and ``sweep.reason`` first: they say whether to trust the draws. Beyond 2,000
+        latents the copies themselves are sampled: a tied statement's ``_z`` is not stored, and draws that
+        would not fit in memory are thinned, with moments of all of them in a group ``summary``.
 
     Raises:
         BayestieError: one of its named kinds, for anything wrong with the model, the data or an option.
@@ -281,7 +280,7 @@ def _run(
     program = LaneProgram(
         model, args, kwargs, points, device=resolve_device(options.device), seed=options.seed
     )
-    sparse, refusal = _sparse_route(program, engine, MIN_SPARSE if schedule is None else MAX_DENSE)
+    sparse, refusal = _sparse_route(program, engine)
     task = Task(
         program=program,
         density=build_density(program) if sparse is None else ProgramDensity(program),
@@ -400,13 +399,11 @@ def run_engine(
 
 
 MAX_DENSE = 2000
-# Where a sparse factor will do it is faster from here on; chains in blocks of copies are, many times over.
-MIN_SPARSE = 500
 
 
-def _sparse_route(program: LaneProgram, engine: str, most: int) -> tuple[SparseDensity | None, str]:
-    """The density in the coordinates of the copies beyond ``most`` latents, or why not."""
-    if engine not in ("auto", "laplace") or program.num_latent <= most:
+def _sparse_route(program: LaneProgram, engine: str) -> tuple[SparseDensity | None, str]:
+    """The density in the coordinates of the copies where dense curvature is too large, or why not."""
+    if engine not in ("auto", "laplace") or program.num_latent <= MAX_DENSE:
         return None, ""
     return build_sparse_density(program)
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -19,14 +18,13 @@ from bayestie._errors import (
     KeywordError,
     NameLookupError,
     OptionError,
-    OutputError,
     StrengthError,
 )
+from bayestie._places import RESULT_SUFFIXES, check_place
 
 ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
 GUIDES = ("mean_field", "low_rank", "full_rank")
 Progress = Callable[[dict[str, Any]], None]
-RESULT_SUFFIXES = (".nc", ".nc4", ".netcdf", ".zarr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,23 +201,7 @@ def _check_place(out: str | os.PathLike[str]) -> None:
         raise OptionError(
             "out", found=repr(out)[:80], expected="a path", fix="Name a file, results.nc, or leave it out."
         ) from error
-    if path.suffix.lower() not in RESULT_SUFFIXES:
-        raise OutputError(
-            str(path),
-            found=f"the suffix {path.suffix!r}",
-            expected=f"one of {', '.join(RESULT_SUFFIXES)}",
-            fix="Name the file results.nc (one file) or results.zarr (a folder).",
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            expected="a place that can be written",
-            fix="Check that the folder exists, that you may write there and that the disk has room.",
-        ) from error
+    check_place(path, RESULT_SUFFIXES)
 
 
 def check_start(task: Task) -> None:

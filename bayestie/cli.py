@@ -41,12 +41,12 @@ from bayestie._cli.arguments import (
     TargetEss,
 )
 from bayestie._errors import BayestieError, OutputError, ResultsFileError
+from bayestie._places import RESULT_SUFFIXES, check_place
 
 if TYPE_CHECKING:
     import xarray as xr
     from rich.console import Console
 
-RESULT_SUFFIXES = (".nc", ".zarr", ".nc4", ".netcdf")
 REPORT_SUFFIXES = (".html", ".htm")
 EXIT_BAD_INPUT, EXIT_NOT_CERTIFIED, EXIT_FILE, EXIT_INTERRUPTED = 2, 3, 4, 130
 
@@ -165,7 +165,7 @@ def report(
 
     tree = bt.load(results)
     target = html or results.with_suffix(".html")
-    _check_place(target, REPORT_SUFFIXES)
+    check_place(target, REPORT_SUFFIXES)
     bt.report(tree, target)
     _say(f"Report: {target}")
     _leave(tree)
@@ -223,9 +223,9 @@ class _Job:
         from bayestie._cli.options import parse_dims, parse_set
 
         if self.out is not None:
-            _check_place(self.out, RESULT_SUFFIXES)
+            check_place(self.out, RESULT_SUFFIXES)
         if self.report is not None:
-            _check_place(self.report, REPORT_SUFFIXES)
+            check_place(self.report, REPORT_SUFFIXES)
         function, module = load_function(self.model)
         columns, source = read_data(self.data, module)
         inputs = match_arguments(function, columns, source, parse_set(self.settings), self.over)
@@ -271,26 +271,6 @@ class _Job:
             _warn(f"Interrupted. The strengths already finished are in {out}: bayestie show {out}")
         else:
             _warn("Interrupted before any strength was finished; nothing was written.")
-
-
-def _check_place(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Before the work, not after it: a place that cannot be written would cost the whole run."""
-    if path.suffix.lower() not in suffixes:
-        raise OutputError(
-            str(path),
-            found=f"the suffix '{path.suffix}'",
-            expected=f"one of {', '.join(suffixes)}",
-            fix=f"Name it, for example, {path.stem or 'path'}{suffixes[0]}.",
-        )
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(
-            str(path),
-            found=f"the folder '{folder}', which "
-            + ("cannot be written" if folder.is_dir() else "is not there"),
-            expected="a folder that can be written",
-            fix="Make it first, or choose another place.",
-        )
 
 
 def _show(tree: xr.DataTree, at: list[dict[str, float]]) -> None:

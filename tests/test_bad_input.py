@@ -417,7 +417,7 @@ CASES = {
     "an unknown suffix": (
         lambda: bt.fit(normal_mean, Y, out="result.csv"),
         errors.OutputError,
-        ["result.csv", "'.csv'", ".nc", "results.nc"],
+        ["result.csv", "'.csv'", ".netcdf", "result.nc"],
     ),
     "strengths upside down": (
         lambda: bt.strengths(3.0, 1.0, 4),

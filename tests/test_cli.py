@@ -347,6 +347,8 @@ def test_an_interrupt_says_what_is_left(monkeypatch, tmp_path, schools_path, fin
 
 
 def test_ctrl_c_leaves_the_finished_strengths(monkeypatch, tmp_path):
+    # Tests that were started in the background inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Gaussian at sigma = 0, finished by Laplace at once; a funnel at sigma = 3, which is left to NUTS.
     (tmp_path / "funnel.py").write_text(
         "import pyro, pyro.distributions as dist, torch, bayestie as bt\n"

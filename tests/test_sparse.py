@@ -42,7 +42,7 @@ TIES = {
 
 @pytest.fixture
 def sparse_everywhere(monkeypatch):
-    monkeypatch.setattr(_sweep, "MIN_SPARSE", 1)
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 1)
 
 
 def arguments(module: Any, *args: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_gaussian_moments_are_the_closed_form():
 def test_tree_is_that_of_the_dense_route(sparse_everywhere, monkeypatch):
     data, over = arguments(nile), {"sigma": [0.0, 10.0, 38.0]}
     found = bt.sweep(nile.nile, **data, over=over, seed=3)
-    monkeypatch.setattr(_sweep, "MIN_SPARSE", 2000)
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
     dense = bt.sweep(nile.nile, **data, over=over, seed=3)
     assert (found.attrs["density_route"], dense.attrs["density_route"]) == ("sparse", "affine")
     np.testing.assert_allclose(found.sweep.log_evidence, dense.sweep.log_evidence, atol=1e-8)
@@ -277,7 +277,7 @@ def test_blocks_have_the_posterior_that_dense_nuts_has(sparse_everywhere, monkey
     data, over = small_counts(), {"sigma": [0.3]}
     found = bt.sweep(poisson_chain.poisson_chain, **data, over=over, num_draws=1500, seed=5)
     assert str(found.sweep.engine.values[0]) == "blocks" and bool(found.sweep.certified.all())
-    monkeypatch.setattr(_sweep, "MIN_SPARSE", 2000)
+    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
     dense = small_counts_by_nuts()
     ours, theirs = (moments(tree, "log_rate", 0.3) for tree in (found, dense))
     size = [float(tree.sweep.min_ess_bulk[0]) for tree in (found, dense)]
@@ -391,7 +391,6 @@ def test_draws_that_do_not_fit_leave_moments(sparse_everywhere, monkeypatch):
 
 
 def test_model_that_is_too_large_says_why_it_does_not_qualify(monkeypatch):
-    monkeypatch.setattr(_sweep, "MIN_SPARSE", 5)
     monkeypatch.setattr(_sweep, "MAX_DENSE", 5)
 
     def model(y, *, sigma):

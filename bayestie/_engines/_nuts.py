@@ -26,7 +26,7 @@ METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain 
 SHORTEST = 50  # draws of a short chain in a round, at least
 EFFICIENCY = 0.55  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
-MAX_TOTAL = 16  # times the first round, at most
+MAX_TOTAL = 22  # times what is stored, at most
 _JUDGED = 5_000_000  # numbers judged together
 
 
@@ -142,8 +142,8 @@ class _Sampler:
     def sample(self) -> Draws:
         """Rounds until every quantity of a point is good; points that are good drop out.
 
-        The first round makes what is stored and some more, a later one what half of the points that are left
-        seem to need, a quarter to all of what there is by then. If a point is still not good, its oldest
+        The first round makes what R-hat should need, a later one what half of the points left seem to
+        need, a quarter to all of what there is by then. If a point is still not good, its oldest
         draws may be from before it settled: the newer half is judged alone.
         """
         count = len(self.points)
@@ -151,13 +151,13 @@ class _Sampler:
         self.quality = [(float("inf"), 0.0, 0.0)] * count
         self.all_points = self.points
         active = torch.arange(count, device=self.points.device)
-        first = math.ceil(max(self.task.num_draws, self._planned()) / self.pieces)
-        made, size = 0, first
+        stored = math.ceil(self.task.num_draws / self.pieces)
+        made, size = 0, max(stored, math.ceil(self._planned() / self.pieces))
         try:
             while True:
                 bad = self._round(active, size)
                 made += size
-                if not len(bad) or made >= MAX_TOTAL * first:
+                if not len(bad) or made >= MAX_TOTAL * stored:
                     break
                 active = active[bad]
                 self._keep_only(bad)
