@@ -1,12 +1,16 @@
 """Compiled trajectories against the same state machine in torch, tabulated priors against the function."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from zoo import numbers
 
+from bayestie._engines._lanes import Lanes
 from bayestie._engines._native import NativeTrajectories
 from bayestie._engines._prior_table import PriorTable
 from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
@@ -77,6 +81,28 @@ def test_compiled_trajectories_are_those_of_torch(target, step, max_depth):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, equal_nan=True)
     if target is not normal:
         assert bool((stored[0][..., STATISTICS.index("diverging")] > 0).any())
+
+
+def test_a_lane_that_starts_often_leaves_the_momenta_of_others_alone():
+    def generator(*key: int) -> np.random.Generator:
+        return np.random.default_rng(key)
+
+    coordinates: Any = SimpleNamespace(
+        task=SimpleNamespace(generator=generator), fit=SimpleNamespace(points=torch.tensor([7]))
+    )
+    one, other, drawn = torch.tensor([0]), torch.tensor([1]), []
+    for often in (True, False):
+        lanes = Lanes(coordinates, torch.zeros(1, 2, DIM).double(), torch.tensor([0]), 1, lambda done: None)
+        momenta, own = lanes._momenta(), []
+        for tick in range(32):
+            lanes.ticks += 1
+            if often:  # runs out first
+                momenta.take(one)
+            if tick % 2:
+                own.append(momenta.take(other)[0])
+        drawn.append(torch.stack(own))
+    assert torch.equal(*drawn)
+    assert len(drawn[0].unique(dim=0)) == 16
 
 
 def test_a_tabulated_prior_is_the_function():

@@ -212,25 +212,29 @@ class Lanes:
         """(ticks + 1, L, 4) of the block that begins now, keyed by (seed, stream, point, tick)."""
         parts = [
             rng.random((TICKS_PER_BLOCK + 1, self.num_chains, 4))[:, chains]
-            for rng, chains in self._generators(0)
+            for rng, chains in self._generators(self.ticks, 0)
         ]
         return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
 
     def _momenta(self) -> "Momenta":
+        begin = self.ticks  # not the tick at which some lane runs out: the others would feel it
+
         def normals(chunk: int, number: int) -> Tensor:
             shape = (number, self.num_chains, self.dim)
-            parts = [rng.standard_normal(shape)[:, chains] for rng, chains in self._generators(1 + chunk)]
+            parts = [
+                rng.standard_normal(shape)[:, chains] for rng, chains in self._generators(begin, 1 + chunk)
+            ]
             return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
 
         # To find out that more are needed would make an accelerator wait: there it starts with the most.
         number = MOMENTA if self.z.device.type == "cpu" else TICKS_PER_BLOCK + 1
         return Momenta(normals, number, len(self.lane))
 
-    def _generators(self, key: int) -> Iterator[tuple[np.random.Generator, np.ndarray]]:
-        """Of every point: a generator for this block, and the chains that are left."""
+    def _generators(self, begin: int, key: int) -> Iterator[tuple[np.random.Generator, np.ndarray]]:
+        """Of every point: a generator for the block that began at that tick, and the chains that are left."""
         table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
         for point, chains in zip(self.coordinates.fit.points.tolist(), table, strict=True):
-            yield self.coordinates.task.generator(201, self.stream, point, self.ticks, key), chains
+            yield self.coordinates.task.generator(201, self.stream, point, begin, key), chains
 
 
 class Momenta:
