@@ -284,6 +284,7 @@ class LaneProgram:
             function = self._batched_function(position, inputs, gradient, rows)
             return function(position, *inputs.flat(), *rows.values())
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+            # What vmap cannot do, in whatever words: a loop can, and a warning names the reason.
             self._fall_back(error)
             return self._loop(position, inputs, gradient, rows)
 
