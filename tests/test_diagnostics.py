@@ -6,8 +6,10 @@ import arviz_stats.base as stats
 import numpy as np
 import pytest
 import torch
+from zoo import numbers
 
 from bayestie._diagnostics import convergence
+from bayestie._engines._quality import MAX_RHAT, draws_for_rhat, qualities
 
 
 def chains(kind: str, num_chains: int, num_draws: int) -> np.ndarray:
@@ -61,3 +63,13 @@ def test_equal_to_arviz(kind, shape):
 def test_a_constant_counts_every_draw():
     _, bulk, tail = convergence(torch.ones(4, 50, 1, dtype=torch.float64))
     assert bulk.tolist() == tail.tolist() == [200.0]
+
+
+@pytest.mark.parametrize(("columns", "chains"), [(5, 4), (60, 4), (20, 2)])
+def test_draws_planned_for_rhat_are_about_as_many_as_it_takes(columns, chains):
+    draws = round(draws_for_rhat(columns, chains))
+    independent = numbers(80, chains, draws, columns, seed=3)
+    good = sum(rhat < MAX_RHAT for rhat, _, _ in qualities(independent))
+    assert good >= 49  # 60 of 80 at least, less three binomial standard deviations
+    fewer = sum(rhat < MAX_RHAT for rhat, _, _ in qualities(independent[:, :, : round(0.4 * draws)]))
+    assert fewer < 60  # so they are not 2.5 times too many

@@ -128,3 +128,8 @@ def test_a_prior_with_an_edge_is_not_tabulated(bound):
     assert not table.is_good
     h = torch.tensor([[bound - 1e-6, bound + 1e-6]], dtype=torch.float64)
     assert torch.equal(table(h)[0], edged(h))
+
+
+def test_a_prior_with_a_kink_is_not_tabulated():
+    table = PriorTable(lambda h: -(h - 0.1).abs(), -4.0, 4.0)
+    assert not table.is_good

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from typing import Any
 
 import arviz_stats
@@ -14,6 +16,7 @@ import xarray as xr
 from zoo import COUNTS, GROUP, X, Y, poisson_groups, tied_level
 
 import bayestie as bt
+from bayestie._sweep_options import Options
 
 SIGMAS = [0.0, 0.5, 2.0]
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
@@ -325,3 +328,24 @@ def test_progress_tells_what_happens():
     assert all(isinstance(event, dict) and "stage" in event for event in events)
     assert events[0]["stage"] == "laplace"
     assert events[-1]["stage"] == "collecting"
+
+
+def test_progress_is_told_of_one_thing_at_a_time():
+    """Lanes run on several threads, and a callback that writes a file would lose it."""
+    inside, overlapped = [], []
+
+    def progress(event):
+        inside.append(event)
+        time.sleep(0.01)
+        overlapped.append(len(inside) > 1)
+        inside.pop()
+
+    given = dict.fromkeys(("device", "guide", "schedule", "keep", "dims", "coords", "out"))
+    numbers: Any = {"engine": "auto", "seed": 0, "num_chains": 4, "num_draws": 10, "target_ess": 5.0}
+    report = Options(**numbers, **given, progress=progress).reporter()
+    threads = [threading.Thread(target=report, args=({"stage": str(i)},)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlapped == [False] * 8

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy.stats import chi2
 from torch import Tensor
 
 from bayestie._engines._axis_map import axis_map
@@ -17,7 +16,7 @@ from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, 
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._protocol import Draws, Interrupted, Task
-from bayestie._engines._quality import MAX_RHAT, chain_verdict, is_good, qualities
+from bayestie._engines._quality import MAX_RHAT, chain_verdict, draws_for_rhat, is_good, qualities
 from bayestie._workers import run_all, unsplit
 
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
@@ -168,17 +167,11 @@ class _Sampler:
         return self._draws(list(range(count)))
 
     def _planned(self) -> float:
-        """Draws per stored chain after which three strengths in four should have their largest R-hat right.
-
-        Of m = 2 C independent half chains and S effective draws in all, S (R-hat^2 - 1) is near
-        m chi^2 / (m - 1) on m - 1 degrees of freedom, for the ranks and folded ranks of every quantity.
-        """
+        """Draws per stored chain that R-hat of all quantities should need."""
         draw = self.at.to_position(self.z[:, :1]).unsqueeze(1)
         if self.task.quantities is not None:
             draw = self.task.quantities(self.points, draw)
-        halves = 2 * self.task.num_chains
-        largest = float(chi2.isf(0.25 / (2 * draw.shape[-1]), halves - 1)) / (halves - 1)
-        return halves * largest / ((MAX_RHAT**2 - 1.0) * EFFICIENCY) / self.task.num_chains
+        return draws_for_rhat(draw.shape[-1], self.task.num_chains) / EFFICIENCY
 
     def _missing(self, active: Tensor) -> float:
         """How much more half of these points need, as a share of what they have: errors fall as 1 / n."""

@@ -1,6 +1,7 @@
 """When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
 
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from bayestie._diagnostics import convergence
@@ -30,6 +31,17 @@ def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
         else:
             found.append((float("inf"), 0.0, 0.0))
     return found
+
+
+def draws_for_rhat(num_quantities: int, num_chains: int) -> float:
+    """Independent draws per chain after which the largest R-hat is right at least three times in four.
+
+    Of m half chains and S effective draws in all, S (R-hat^2 - 1) is near m chi^2 / (m - 1) on m - 1 degrees
+    of freedom, for the ranks and for the folded ranks of every quantity.
+    """
+    halves = 2 * num_chains
+    largest = float(chi2.isf(0.25 / (2 * num_quantities), halves - 1)) / (halves - 1)
+    return halves * largest / (MAX_RHAT**2 - 1.0) / num_chains
 
 
 def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
