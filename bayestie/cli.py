@@ -36,6 +36,7 @@ from bayestie._cli.arguments import (
     Quiet,
     ReportTo,
     Results,
+    Schedule,
     Seed,
     Set,
     TargetEss,
@@ -104,6 +105,7 @@ def fit(
     draws: Draws = None,
     target_ess: TargetEss = 400,
     device: Device = None,
+    schedule: Schedule = None,
     out: Out = None,
     report: ReportTo = None,
     quiet: Quiet = False,
@@ -114,7 +116,7 @@ def fit(
     Example: bayestie fit models/eight_schools.py:eight_schools --set sigma=5 --out schools.nc
     """
     job = _Job(model, data, set_ or [], dims or [], {}, out, report, quiet)
-    job.run(_inference(engine, seed, chains, draws, target_ess, device))
+    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or []))
 
 
 @app.command(epilog=EPILOG)
@@ -133,6 +135,7 @@ def sweep(
     draws: Draws = None,
     target_ess: TargetEss = 400,
     device: Device = None,
+    schedule: Schedule = None,
     out: Out = None,
     report: ReportTo = None,
     quiet: Quiet = False,
@@ -148,7 +151,7 @@ def sweep(
 
     strengths = parse_over(over, hard=hard, free=free)
     job = _Job(model, data, set_ or [], dims or [], strengths, out, report, quiet)
-    job.run(_inference(engine, seed, chains, draws, target_ess, device))
+    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or []))
 
 
 @app.command(epilog=EPILOG)
@@ -191,14 +194,23 @@ def show(
 
 
 def _inference(
-    engine: str, seed: int, chains: int, draws: int | None, target_ess: int, device: str | None
+    engine: str,
+    seed: int,
+    chains: int,
+    draws: int | None,
+    target_ess: int,
+    device: str | None,
+    schedule: list[str],
 ) -> dict[str, Any]:
+    from bayestie._cli.options import parse_schedule
+
     chosen = {
         "engine": engine,
         "seed": seed,
         "num_chains": chains,
         "target_ess": target_ess,
         "device": device,
+        "schedule": parse_schedule(schedule) or None,
     }
     return chosen if draws is None else chosen | {"num_draws": draws}
 

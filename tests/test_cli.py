@@ -20,7 +20,7 @@ import bayestie as bt
 from bayestie import errors
 from bayestie._cli.data import match_arguments, read_data
 from bayestie._cli.loading import load_function
-from bayestie._cli.options import parse_dims, parse_over, parse_points, parse_set
+from bayestie._cli.options import parse_dims, parse_over, parse_points, parse_schedule, parse_set
 from bayestie._cli.progress import ProgressBars
 from bayestie.cli import app, main
 
@@ -222,6 +222,28 @@ def test_a_keyword_swept_twice():
         parse_over(["sigma=1,2", "sigma=3,4"], hard=False, free=False)
 
 
+def test_strengths_of_a_schedule_keep_their_order():
+    schedule = parse_schedule(["sigma=10:0.1:3", "tau=0.1:10:3"])
+    np.testing.assert_allclose(schedule["sigma"], [10.0, 1.0, 0.1])
+    np.testing.assert_allclose(schedule["tau"], [0.1, 1.0, 10.0])
+    assert parse_schedule(["sigma=inf,10,1"]) == {"sigma": [math.inf, 10.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["sigma"], "expected name=value"),
+        (["sigma=a,1"], "'a'"),
+        (["sigma=9:1"], "first:last:number"),
+        (["sigma=9:1:x"], "first:last:number"),
+        (["sigma=9,5", "sigma=4"], "'sigma' twice"),
+    ],
+)
+def test_schedules_that_cannot_be_read(options, words):
+    with pytest.raises(errors.OptionError, match=f"--schedule.*{words}"):
+        parse_schedule(options)
+
+
 def test_settings_points_and_dims():
     settings = parse_set(["a=1", "b=1.5", "c=true", "d=none", "e=word"])
     assert settings == {"a": 1, "b": 1.5, "c": True, "d": None, "e": "word"}
@@ -251,6 +273,16 @@ def test_fit_prints_every_labelled_parameter():
     assert result.exit_code == 0, result.output
     for label in ("theta_level", "theta[A]", "theta[H]"):
         assert label in result.stdout
+
+
+def test_a_schedule_is_passed_through(tmp_path):
+    options = ["--schedule", "sigma=30:3:3", *SHORT]
+    swept, fitted = tmp_path / "swept.nc", tmp_path / "fitted.nc"
+    assert run("sweep", SCHOOLS, "--over", "sigma=1,5", "--out", swept, *options).exit_code == 0
+    assert run("fit", SCHOOLS, "--set", "sigma=2", "--out", fitted, *options).exit_code == 0
+    for file in (swept, fitted):
+        (stages,) = json.loads(bt.load(file).attrs["schedule"]).values()
+        np.testing.assert_allclose(stages, np.geomspace(30.0, 3.0, 3))
 
 
 def test_fit_of_a_csv_with_labels(tmp_path):
@@ -299,6 +331,8 @@ def test_a_strength_that_is_not_certified_is_exit_code_3(schools_path, tmp_path)
         (["sweep", SCHOOLS, "--over", "tau=1,2"], 2, "tau"),
         (["sweep", SCHOOLS, "--over", "sigma=-1,2"], 2, "sigma"),
         (["sweep", SCHOOLS, "--over", "sigma=1,inf"], 2, "inf"),
+        (["sweep", SCHOOLS, "--over", "sigma=1,2", "--schedule", "sigma=3,9,1"], 2, "only falls"),
+        (["sweep", SCHOOLS, "--over", "sigma=1,2", "--schedule", "tau=3,1"], 2, "tau"),
         (["fit", SCHOOLS], 2, "--set sigma=VALUE"),
         (["fit", SCHOOLS, "--set", "sigma=1", "--engine", "nutz"], 2, "nuts"),
         (["fit", SCHOOLS, "--set", "sigma=1", "--out", "no/such/folder/a.nc"], 4, "no/such/folder"),

@@ -50,6 +50,14 @@ Free = Annotated[
         rich_help_panel="Strengths",
     ),
 ]
+Schedule = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUES",
+        help="Strengths to pass through first, in order: sigma=30:0.1:12 (log-spaced) or sigma=inf,10,1.",
+        rich_help_panel="Inference",
+    ),
+]
 Engine = Annotated[
     str,
     typer.Option(

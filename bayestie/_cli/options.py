@@ -1,7 +1,7 @@
 """Values written on the command line: strengths, points, keywords, names of dimensions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import bayestie as bt
@@ -10,24 +10,29 @@ from bayestie._errors import OptionError
 
 def parse_over(options: Sequence[str], *, hard: bool, free: bool) -> dict[str, Any]:
     """`sigma=0.1:30:16` (log-spaced) or `sigma=0,1,5,inf`, with the two ends on request."""
-    over: dict[str, Any] = {}
-    for option in options:
-        name, values = _split(option, "--over", "sigma=0.1:30:16 or sigma=0,1,5,inf")
-        if name in over:
-            raise OptionError(
-                f"--over {option}",
-                found=f"'{name}' twice",
-                expected="each keyword once",
-                fix="Join the two lists.",
-            )
+    flag, over = "--over", {}
+    for option, name, values in _by_keyword(options, flag, "sigma=0.1:30:16 or sigma=0,1,5,inf"):
         if ":" in values:
-            low, high, num = _range(option, values)
+            low, high, num = _range(flag, option, values, "low:high:number, as in 0.1:30:16")
             over[name] = bt.strengths(low, high, num, hard=hard, free=free)
         else:
-            points = {_number("--over", option, part) for part in values.split(",")}
+            points = set(_list(flag, option, values))
             points |= ({0.0} if hard else set()) | ({math.inf} if free else set())
             over[name] = sorted(points)
     return over
+
+
+def parse_schedule(options: Sequence[str]) -> dict[str, list[float]]:
+    """`sigma=30:0.1:12` (log-spaced) or `sigma=inf,10,1`, in the order they are passed through."""
+    flag, schedule = "--schedule", {}
+    for option, name, values in _by_keyword(options, flag, "sigma=30:0.1:12 or sigma=inf,10,1"):
+        if ":" in values:
+            first, last, num = _range(flag, option, values, "first:last:number, as in 30:0.1:12")
+            rising = bt.strengths(min(first, last), max(first, last), num)
+            schedule[name] = rising if first < last else rising[::-1]
+        else:
+            schedule[name] = _list(flag, option, values)
+    return schedule
 
 
 def parse_points(options: Sequence[str]) -> list[dict[str, float]]:
@@ -39,16 +44,36 @@ def parse_points(options: Sequence[str]) -> list[dict[str, float]]:
     return points
 
 
-def _range(option: str, values: str) -> tuple[float, float, int]:
+def _by_keyword(options: Sequence[str], flag: str, example: str) -> Iterator[tuple[str, str, str]]:
+    """Each option, the keyword it names and the values it gives, every keyword once."""
+    seen = set()
+    for option in options:
+        name, values = _split(option, flag, example)
+        if name in seen:
+            raise OptionError(
+                f"{flag} {option}",
+                found=f"'{name}' twice",
+                expected="each keyword once",
+                fix="Join the two lists.",
+            )
+        seen.add(name)
+        yield option, name, values
+
+
+def _list(flag: str, option: str, values: str) -> list[float]:
+    return [_number(flag, option, part) for part in values.split(",")]
+
+
+def _range(flag: str, option: str, values: str, expected: str) -> tuple[float, float, int]:
     parts = values.split(":")
     if len(parts) != 3 or not parts[2].strip().isdecimal():
         raise OptionError(
-            f"--over {option}",
+            f"{flag} {option}",
             found=f"the range '{values}'",
-            expected="low:high:number, as in 0.1:30:16",
+            expected=expected,
             fix="The number of strengths is a whole number; the points are log-spaced.",
         )
-    return _number("--over", option, parts[0]), _number("--over", option, parts[1]), int(parts[2])
+    return _number(flag, option, parts[0]), _number(flag, option, parts[1]), int(parts[2])
 
 
 def _number(flag: str, option: str, text: str) -> float:
@@ -56,7 +81,7 @@ def _number(flag: str, option: str, text: str) -> float:
         return float(text)
     except ValueError as error:
         raise OptionError(
-            f"--over {option}",
+            f"{flag} {option}",
             found=f"'{text}'",
             expected="a number or inf",
             fix="Write numbers like 0.1 or 1e-3.",
