@@ -15,7 +15,7 @@ from torch import Tensor
 from bayestie._collect import PREDICTIVE_DRAWS, TieUse, collect, predict, tie_uses
 from bayestie._engines import QUANTILES, Draws, LaplaceProposal, Task
 from bayestie._errors import NameLookupError, OptionError, ShapeError
-from bayestie._overlap import overlap
+from bayestie._overlap import overlap, sparse_overlap
 from bayestie._psis import psis
 from bayestie._results import build_tree
 from bayestie._sparse_collect import Columns, collect_copies, summaries
@@ -221,8 +221,11 @@ class Assembly:
             tree["laplace_draws"] = self._by_point(draws.pool, "laplace_draw")
         if loo is not None and sum(x.nbytes for x in loo.values()) <= LOG_LIKELIHOOD_BYTES:
             tree["loo"] = self._by_point(loo, "observation")
-        if gaussian is not None and (self.keep is None or "overlap" in self.keep):
-            tree["overlap"] = overlap(self.task, draws, gaussian.fit, self.swept)
+        if self.keep is None or "overlap" in self.keep:
+            if gaussian is not None:
+                tree["overlap"] = overlap(self.task, draws, gaussian.fit, self.swept)
+            elif draws.whitened:
+                tree["overlap"] = sparse_overlap(self.task, draws, self.swept)
         return tree
 
     def _collect(

@@ -175,6 +175,13 @@ class BandCore:
             return noise / self.banded[0].reshape(-1, *(1,) * (noise.ndim - 1))
         return lapack.dtbtrs(self.banded, noise, uplo="L", trans="T")[0].reshape(noise.shape)
 
+    def whiten(self, step: np.ndarray) -> np.ndarray:
+        """The noise (n, batch) that `whiten_back` makes ``step`` of: L^T step."""
+        out = self.banded[0][:, None] * step
+        for below in range(1, self.band + 1):
+            out[:-below] += self.banded[below, :-below, None] * step[below:]
+        return out
+
 
 @dataclass
 class SuperCore:
@@ -209,6 +216,12 @@ class SuperCore:
         # A^-1 P^T L D^1/2 z = P^T L^-T D^-1/2 z: a product and a solve, as SuperLU solves with both factors.
         scale = np.sqrt(self.pivots).reshape(-1, *(1,) * (noise.ndim - 1))
         return self.solve((self.lower @ (scale * noise))[self.order])
+
+    def whiten(self, step: np.ndarray) -> np.ndarray:
+        """The noise (n, batch) that `whiten_back` makes ``step`` of: D^1/2 L^T P step."""
+        permuted = np.empty_like(step)
+        permuted[self.order] = step
+        return np.sqrt(self.pivots)[:, None] * (self.lower.T @ permuted)
 
 
 @dataclass
@@ -253,6 +266,16 @@ class Factor:
             inner = inner - self.solved @ outer
             out[border] = outer
         out[core] = inner
+        return out
+
+    def whiten(self, step: np.ndarray) -> np.ndarray:
+        """The standard normals (n, batch) that `whiten_back` makes ``step`` of."""
+        core, border = self.pattern.core, self.pattern.border
+        out, inner = np.empty_like(step), step[core]
+        if self.schur is not None:
+            inner = inner + self.solved @ step[border]
+            out[border] = self.schur.T @ step[border]
+        out[core] = self.core.whiten(inner) if len(core) else inner
         return out
 
 

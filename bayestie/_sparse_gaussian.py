@@ -63,6 +63,25 @@ class Gaussian:
             out -= self.response @ (self.correction @ (self.structure.directions.T @ out))
         return out
 
+    def whitened(self, step: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Standard normals (n, batch) that `deviations` makes ``step`` of.
+
+        Where directions are known, some normals do not move x: these are drawn.
+        """
+        if self.response is None:
+            return self.factor.whiten(step)
+        u = self.structure.directions
+        kept = np.eye(u.shape[1]) - (u.T @ self.response) @ self.correction
+        left, values, right = np.linalg.svd(kept)
+        seen = values > 1e-9
+        inverse = (right[seen].T / values[seen]) @ left[:, seen].T
+        out = self.factor.whiten(step + self.response @ (self.correction @ (inverse @ (u.T @ step))))
+        if not seen.all():
+            still = self.factor.whiten(self.response @ (self.correction @ right[~seen].T))
+            still = np.linalg.qr(still)[0]
+            out += still @ (rng.standard_normal((still.shape[1], step.shape[1])) - still.T @ out)
+        return out
+
     def draw(self, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`deviations` and their `square`, which costs nothing here: (n, batch) and (batch,)."""
         out = self.factor.whiten_back(noise)

@@ -34,7 +34,7 @@ from bayestie._engines import (
     run_sparse,
     run_svi,
 )
-from bayestie._errors import InferenceError, OptionError
+from bayestie._errors import InferenceError, OptionError, first_line
 from bayestie._program import LaneProgram
 from bayestie._results import save
 from bayestie._run_context import resolve_device
@@ -280,7 +280,7 @@ def _run(
     program = LaneProgram(
         model, args, kwargs, points, device=resolve_device(options.device), seed=options.seed
     )
-    sparse, refusal = _sparse_route(program, engine)
+    sparse, refusal = _sparse_route(program, engine, schedule is not None)
     task = Task(
         program=program,
         density=build_density(program) if sparse is None else ProgramDensity(program),
@@ -316,7 +316,16 @@ def _run(
         check_start(task)
     try:
         fit = None if schedule is None else _follow(schedule, engine, task)
-        draws, gaussian = run_engine(engine, task, fit)
+        try:
+            draws, gaussian = run_engine(engine, task, fit)
+        except InferenceError as error:
+            if sparse is None or program.num_latent > MAX_DENSE:
+                raise
+            # The sparse factor was a choice for speed at this size: dense curvature serves what it does not.
+            task = replace(task, sparse=None, density=build_density(program), refusal=first_line(error))
+            assembly.task, attrs["density_route"] = task, task.density.route
+            check_start(task)
+            draws, gaussian = run_engine(engine, task, fit)
     except Interrupted as interruption:
         if out is not None and (finished := assembly.partial(interruption.draws, begin)) is not None:
             save(finished, out)
@@ -399,11 +408,13 @@ def run_engine(
 
 
 MAX_DENSE = 2000
+MIN_SPARSE = 500  # latents: where a sparse factor and blocks begin to be the faster
 
 
-def _sparse_route(program: LaneProgram, engine: str) -> tuple[SparseDensity | None, str]:
-    """The density in the coordinates of the copies where dense curvature is too large, or why not."""
-    if engine not in ("auto", "laplace") or program.num_latent <= MAX_DENSE:
+def _sparse_route(program: LaneProgram, engine: str, scheduled: bool) -> tuple[SparseDensity | None, str]:
+    """The density in the coordinates of the copies where it is the faster, or why it does not serve."""
+    dense = program.num_latent < MIN_SPARSE or (scheduled and program.num_latent <= MAX_DENSE)
+    if dense or engine not in ("auto", "laplace"):
         return None, ""
     return build_sparse_density(program)
 

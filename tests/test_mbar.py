@@ -13,6 +13,7 @@ from scipy.stats import norm
 from synthetic import EFFECT, STDERR
 
 import bayestie as bt
+from bayestie import _sweep
 from bayestie._mbar import mbar, mbar_evidence
 from models.eight_schools import eight_schools
 
@@ -224,6 +225,36 @@ def test_log_densities_are_those_of_the_draws_themselves(path):
         rows = np.linspace(0, lp.shape[1] - 1, len(own) // len(lp)).round().astype(int)
         volume = own - lp[:, rows].reshape(-1)
         assert np.ptp(volume) < 1e-9 * np.abs(own).max()
+
+
+@pytest.mark.parametrize(
+    ("base", "engines"),
+    [(dist.Normal(0.0, 1.0), {"blocks", "laplace"}), (0.5, {"laplace"})],
+    ids=["level", "known"],
+)
+def test_the_sparse_factor_s_table_says_the_same(base, engines, monkeypatch):
+    def counts(y, *, sigma):
+        theta = bt.tied("theta", bt.Tie.chain(12), sigma, base)
+        with pyro.plate("copy", 12):
+            pyro.sample("y", dist.Poisson(theta.exp()), obs=y)
+
+    y = torch.as_tensor(np.random.default_rng(0).poisson(1.5, size=12), dtype=torch.float64)
+    strengths = [0.0, 0.3, 1.0, 3.0]  # sigma = 0 has fewer variables there, the last is far from Gaussian
+    dense = bt.evidence(bt.sweep(counts, y, over={"sigma": strengths}, seed=2))
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 1)
+    path = bt.sweep(counts, y, over={"sigma": strengths}, seed=3)
+    assert path.attrs["density_route"] == "sparse" and set(path["sweep"].engine.values) == engines
+    found, table = bt.evidence(path), path["overlap"].to_dataset()
+    assert found.mbar.notnull().all() and float(found.mbar_error.max()) < 0.1
+    score = (found.mbar - dense.combined) / np.hypot(found.mbar_error, dense.combined_error)
+    assert float(abs(score).max()) < 4
+    # At a strength's own draws its density is lp, and the volume of its Gaussian all the same; a known level
+    # leaves a direction of z that moves no copy.
+    for sigma in strengths[1:] if base != 0.5 else []:
+        own = table["log_density"].sel(sigma=sigma).values[_source(table) == sigma]
+        lp = path["sample_stats"].lp.sel(sigma=sigma).values
+        rows = np.linspace(0, lp.shape[1] - 1, len(own) // len(lp)).round().astype(int)
+        assert np.ptp(own - lp[:, rows].reshape(-1)) < 1e-9 * np.abs(own).max()
 
 
 @pytest.mark.parametrize("suffix", ["nc", "zarr"])

@@ -42,7 +42,7 @@ TIES = {
 
 @pytest.fixture
 def sparse_everywhere(monkeypatch):
-    monkeypatch.setattr(_sweep, "MAX_DENSE", 1)
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 1)
 
 
 def arguments(module: Any, *args: Any) -> dict[str, Any]:
@@ -149,6 +149,7 @@ def test_factor_solves_whitens_and_has_the_determinant(make, max_band, monkeypat
     np.testing.assert_allclose(factor.solve(right[:, 0]), np.linalg.solve(dense, right[:, 0]), atol=1e-9)
     half = factor.whiten_back(np.eye(size))
     np.testing.assert_allclose(half @ half.T, np.linalg.inv(dense), atol=1e-9)
+    np.testing.assert_allclose(factor.whiten(half), np.eye(size), atol=1e-9)
     assert factor.log_det == pytest.approx(np.linalg.slogdet(dense)[1], abs=1e-8)
 
 
@@ -190,15 +191,27 @@ def test_gaussian_moments_are_the_closed_form():
     np.testing.assert_allclose(fit.gaussian.solve(np.eye(num)), covariance, rtol=1e-8, atol=1e-6)
     half = fit.gaussian.deviations(np.eye(num))
     np.testing.assert_allclose(half @ half.T, covariance, rtol=1e-8, atol=1e-6)
+    np.testing.assert_allclose(fit.gaussian.whitened(half, np.random.default_rng(0)), np.eye(num), atol=1e-9)
     step, square = fit.gaussian.draw(np.random.default_rng(0).normal(size=(num, 5)))
     np.testing.assert_allclose(square, fit.gaussian.square(step), rtol=1e-8)
     assert isinstance(fit.gaussian, Gaussian)
 
 
+def test_whitened_draws_are_standard_normal_where_a_direction_is_known():
+    (fit,) = fits_of(regression(T.chain(40), "level", 0.4), {"sigma": [0.3]})
+    assert (fit.gaussian.variances == 0).any()
+    rng = np.random.default_rng(4)
+    step = fit.gaussian.deviations(rng.normal(size=(41, 4000)))
+    noise = fit.gaussian.whitened(step, rng)
+    np.testing.assert_allclose(fit.gaussian.deviations(noise), step, atol=1e-9)
+    spread = np.linalg.eigvalsh(np.cov(noise))  # Marchenko and Pastur: within (1 -+ sqrt(41 / 4000))^2
+    assert spread[0] > 0.78 and spread[-1] < 1.24
+
+
 def test_tree_is_that_of_the_dense_route(sparse_everywhere, monkeypatch):
     data, over = arguments(nile), {"sigma": [0.0, 10.0, 38.0]}
     found = bt.sweep(nile.nile, **data, over=over, seed=3)
-    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 2000)
     dense = bt.sweep(nile.nile, **data, over=over, seed=3)
     assert (found.attrs["density_route"], dense.attrs["density_route"]) == ("sparse", "affine")
     np.testing.assert_allclose(found.sweep.log_evidence, dense.sweep.log_evidence, atol=1e-8)
@@ -277,7 +290,7 @@ def test_blocks_have_the_posterior_that_dense_nuts_has(sparse_everywhere, monkey
     data, over = small_counts(), {"sigma": [0.3]}
     found = bt.sweep(poisson_chain.poisson_chain, **data, over=over, num_draws=1500, seed=5)
     assert str(found.sweep.engine.values[0]) == "blocks" and bool(found.sweep.certified.all())
-    monkeypatch.setattr(_sweep, "MAX_DENSE", 2000)
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 2000)
     dense = small_counts_by_nuts()
     ours, theirs = (moments(tree, "log_rate", 0.3) for tree in (found, dense))
     size = [float(tree.sweep.min_ess_bulk[0]) for tree in (found, dense)]
@@ -390,7 +403,23 @@ def test_draws_that_do_not_fit_leave_moments(sparse_everywhere, monkeypatch):
     assert float(path.sweep.min_ess_bulk[0]) == 200
 
 
+def test_model_that_the_sparse_factor_does_not_serve_is_left_to_the_dense_one(sparse_everywhere, monkeypatch):
+    def model(y, *, sigma):
+        theta = bt.tied("theta", T.chain(6), sigma, BASE)
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("row", 6):
+            pyro.sample("y", dist.Poisson((theta + spread).exp()), obs=y)
+
+    counts, over = torch.tensor([1.0, 2.0, 2.0, 4.0, 3.0, 6.0]), {"sigma": [0.1, 0.5]}
+    found = bt.sweep(model, counts, over=over, engine="laplace", num_draws=50, target_ess=50)
+    assert found.attrs["density_route"] != "sparse" and "overlap" in found.children
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 2000)
+    dense = bt.sweep(model, counts, over=over, engine="laplace", num_draws=50, target_ess=50)
+    np.testing.assert_array_equal(found.sweep.log_evidence, dense.sweep.log_evidence)
+
+
 def test_model_that_is_too_large_says_why_it_does_not_qualify(monkeypatch):
+    monkeypatch.setattr(_sweep, "MIN_SPARSE", 5)
     monkeypatch.setattr(_sweep, "MAX_DENSE", 5)
 
     def model(y, *, sigma):

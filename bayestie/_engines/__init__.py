@@ -8,6 +8,7 @@ from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
 from bayestie._engines._sparse import run_sparse
 from bayestie._engines._streamed import QUANTILES
 from bayestie._engines._svi import run_svi, settle_guide
+from bayestie._engines._whitened import carried, evenly, log_normal
 
 __all__ = [
     "QUANTILES",
@@ -16,7 +17,10 @@ __all__ = [
     "LaplaceFit",
     "LaplaceProposal",
     "Task",
+    "carried",
+    "evenly",
     "fit_laplace",
+    "log_normal",
     "run_laplace",
     "run_nuts",
     "run_pyro_nuts",

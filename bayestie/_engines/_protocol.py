@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayestie._density import Density
+from bayestie._engines._whitened import Whitened
 from bayestie._program import LaneProgram
 from bayestie._sparse_density import SparseDensity
 
@@ -82,6 +83,7 @@ class Draws:
     pool: dict[str, Tensor] = field(default_factory=dict)
     # (P, columns or quantiles x columns) each: moments over all draws made, where not all are kept
     summary: dict[str, Tensor] = field(default_factory=dict)
+    whitened: list[Whitened] = field(default_factory=list)  # of the sparse route, for `overlap`
 
     def __post_init__(self) -> None:
         count = len(self.points)
@@ -99,7 +101,7 @@ class Draws:
                 return value[index.to(value.device)]
             if isinstance(value, dict):
                 return {name: pick(x) for name, x in value.items()}
-            return [value[i] for i in rows]
+            return [value[i] for i in rows] if value else []
 
         return Draws(**{f.name: pick(getattr(self, f.name)) for f in dataclasses.fields(self)})
 

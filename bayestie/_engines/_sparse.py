@@ -18,6 +18,7 @@ from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._sparse_chains import run_chains
 from bayestie._engines._sparse_hyper import HyperFit, fit_hyper, gather
 from bayestie._engines._streamed import Summary, summarised, weighted
+from bayestie._engines._whitened import Whitened, sparse_rows
 from bayestie._errors import InferenceError
 from bayestie._psis import good_k, psis
 from bayestie._sparse_collect import Columns
@@ -48,6 +49,7 @@ class PointDraws:
     quality: tuple[float, float, float] = _INDEPENDENT
     summary: Summary | None = None
     stats: dict[str, np.ndarray] = field(default_factory=dict)
+    whitened: Whitened | None = None
 
 
 def kept_draws(task: Task, width: int) -> int:
@@ -68,6 +70,7 @@ class SparseRun:
         self.starts: dict[int, np.ndarray] = {}  # id of a structure -> where its last mode was
         self.hyper_start = np.zeros(self.copies.num_hyper)
         self.memory: dict[str, Any] = {}  # what chains learned at the strength before
+        self.carried = sparse_rows(task.num_points, task.num_chains, self.kept, self.copies.num_x)
 
     # -- one point ---------------------------------------------------------------------------------------
 
@@ -90,7 +93,7 @@ class SparseRun:
             )
         if fit.numbers.is_gaussian:
             return self._exact(point, fit)
-        found = run_chains(self.task, point, fit, self.kept, self.memory, self._rows)
+        found = run_chains(self.task, point, fit, self.kept, self.carried, self.memory, self._rows)
         stream = found.pop("stream", None)
         if stream is not None:
             found["summary"] = self._streamed_summary(fit, stream.summary(), found["rows"])
@@ -128,9 +131,14 @@ class SparseRun:
         rng = task.generator(201, point)
         rows = np.empty((total, self.columns.width))
         lp = np.empty(total)
+        chosen = np.zeros((task.num_chains, self.kept), dtype=bool)
+        chosen[:, [] if self.carried is None else self.carried] = True
+        carried = []
         for start in range(0, total, _BATCH):
             count = min(_BATCH, total - start)
-            step, square = gaussian.draw(rng.standard_normal((count, fit.structure.size)).T)
+            noise = rng.standard_normal((count, fit.structure.size))
+            carried.append(noise[chosen.ravel()[start : start + count]])
+            step, square = gaussian.draw(noise.T)
             lp[start : start + count] = fit.log_joint - 0.5 * square
             x = gaussian.mean + step.T
             rows[start : start + count] = self._rows(fit.structure, fit.numbers, x)
@@ -141,6 +149,8 @@ class SparseRun:
         if self.kept < task.num_draws:
             reason += f"; {total} of {task.num_chains * task.num_draws} were made, as more would not fit"
             summary = self._exact_summary(fit, rows)
+        beyond = np.full((task.num_chains, self.kept), fit.log_evidence)
+        whitened = Whitened(gaussian, fit.log_evidence, None, np.concatenate(carried), beyond)
         return PointDraws(
             rows.reshape(task.num_chains, self.kept, -1),
             lp.reshape(task.num_chains, self.kept),
@@ -152,6 +162,7 @@ class SparseRun:
             if self.kept < task.num_draws
             else (math.nan, math.nan, math.nan),
             summary=summary,
+            whitened=None if self.carried is None else whitened,
         )
 
     @staticmethod
@@ -355,6 +366,7 @@ def _draws(task: Task, done: list[PointDraws], seconds: list[float]) -> Draws:
     if done and all(d.summary is not None for d in done):
         found = [d.summary.variables() for d in done if d.summary is not None]
         summaries = {name: torch.from_numpy(np.stack([f[name] for f in found])) for name in found[0]}
+    whitened = [d.whitened for d in done if d.whitened is not None]
     names = set().union(*(d.stats for d in done)) if done else set()
     empty = np.zeros(done[0].log_density.shape) if done else np.zeros(0)
     return Draws(
@@ -373,6 +385,7 @@ def _draws(task: Task, done: list[PointDraws], seconds: list[float]) -> Draws:
         quality=torch.tensor([d.quality for d in done], dtype=torch.float64).reshape(-1, 3),
         stats={n: _stack([d.stats.get(n, empty) for d in done]) for n in sorted(names)},
         summary=summaries,
+        whitened=whitened if len(whitened) == len(done) else [],
     )
 
 

@@ -14,6 +14,7 @@ from bayestie._engines._quality import MAX_RHAT, quality
 from bayestie._engines._sparse_kernel import Kernel, suitable_kernel, together
 from bayestie._engines._sparse_target import Target
 from bayestie._engines._streamed import Streamed, weighted
+from bayestie._engines._whitened import Whitened
 from bayestie._psis import good_k, psis
 from bayestie._sparse_mode import SparseFit, log_likelihood, log_prior
 from bayestie._sparse_numbers import Numbers
@@ -33,6 +34,7 @@ def run_chains(
     point: int,
     fit: SparseFit,
     kept: int,
+    carried: np.ndarray | None,
     memory: dict[str, Any],
     to_rows: Callable[[Structure, Numbers, np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
@@ -43,22 +45,23 @@ def run_chains(
         point: the point of the sweep.
         fit: its mode.
         kept: draws per chain to keep.
+        carried: numbers of those that the other strengths are to see; None: none.
         memory: what the strength before has learned.
         to_rows: reduced variables (batch, n) to rows of draws.
     """
     target = Target(fit).refined()
     probe = _Probe(target, task.generator(204, point))
     if probe.weights_will_do(needed_ess(task)):
-        found = _weighted(task, point, target, kept, to_rows)
+        found = _weighted(task, point, target, kept, carried, to_rows)
         if found["certified"]:
             return found
     if (target.numbers.variances == 0).any():
-        return _weighted(task, point, target, kept, to_rows)
+        return _weighted(task, point, target, kept, carried, to_rows)
     groups = Groups.of(target.structure)
     rng = task.generator(205, point)
     largest = min(target.structure.size, 16 * memory.get("size", target.structure.size))
     kernel, memory["size"] = suitable_kernel(target, groups, largest, rng)
-    chains = _Chains(task, point, target, kernel, kept, to_rows)
+    chains = _Chains(task, point, target, kernel, kept, carried, to_rows)
     good, reason, worst = chains.run()
     log_evidence, error = _evidence(task, point, target, kernel, probe, chains)
     rates = kernel.acceptance()
@@ -95,8 +98,24 @@ class _Probe:
         return bool(np.isfinite(self.total).all() and self.total.std() < 1.5 and share * 16_000 > needed)
 
 
+def _whitened(target: Target, step: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> Whitened:
+    """Of steps from the mean of the carried draws (draws, n), remainders of all that are stored."""
+    return Whitened(
+        target.gaussian,
+        target.log_scale,
+        lambda step: target.rest(step).sum(1),
+        target.gaussian.whitened(step.T, rng).T,
+        target.log_scale + rest,
+    )
+
+
 def _weighted(
-    task: Task, point: int, target: Target, kept: int, to_rows: Callable[..., np.ndarray]
+    task: Task,
+    point: int,
+    target: Target,
+    kept: int,
+    carried: np.ndarray | None,
+    to_rows: Callable[..., np.ndarray],
 ) -> dict[str, Any]:
     """Importance draws of q."""
     wanted, needed = task.num_chains * task.num_draws, needed_ess(task)
@@ -119,8 +138,13 @@ def _weighted(
     cumulative = np.cumsum(np.exp(smoothed.numpy()))
     row = np.searchsorted(cumulative / cumulative[-1], (np.arange(total) + rng.uniform()) / total)
     row = np.minimum(row, len(rest) - 1)[rng.permutation(total)]
-    x = target.mean + np.concatenate(steps)[row]
-    rows = to_rows(target.structure, target.numbers, x)
+    step = np.concatenate(steps)[row]
+    whitened = None
+    if carried is not None:
+        places = (np.arange(task.num_chains)[:, None] * kept + carried).ravel()
+        whitened = _whitened(target, step[places], rest[row].reshape(task.num_chains, kept), rng)
+    step += target.mean
+    rows = to_rows(target.structure, target.numbers, step)
     log_mean = float(torch.logsumexp(torch.from_numpy(rest), 0)) - math.log(len(rest))
     threshold = good_k(len(rest))
     alike = float(rest.max() - rest.min()) < NEARLY_CONSTANT  # no tail for khat to measure
@@ -142,6 +166,7 @@ def _weighted(
         "khat": khat,
         "ess": ess,
         "quality": (1.0, worth, worth),
+        "whitened": whitened,
     }
 
 
@@ -158,9 +183,11 @@ class _Chains:
         target: Target,
         kernel: Kernel,
         kept: int,
+        carried: np.ndarray | None,
         to_rows: Callable[..., np.ndarray],
     ):
         self.task, self.point, self.target, self.kernel, self.to_rows = task, point, target, kernel, to_rows
+        self.carried = carried
         size = target.structure.size
         self.short = together(size, _SHORT_CHAINS)
         self.kept, self.num = math.ceil(kept / self.short), 0  # of each short chain
@@ -258,15 +285,21 @@ class _Chains:
         target = self.target
         structure, numbers = target.structure, target.numbers
         rows, lp = [], np.empty((len(self.steps), self.wanted))
+        carried, rest = [], np.empty_like(lp)
         for c, steps in enumerate(self.steps):
             x = steps.swapaxes(0, 1).reshape(-1, steps.shape[2])[-self.wanted :]
             self.steps[c] = np.zeros((0, 0, 0))  # rows hold them now
+            if self.carried is not None:
+                carried.append(x[self.carried])
+                rest[c] = target.rest(x).sum(1)
             for i, step in enumerate(x):
                 step += target.mean
                 eta = structure.map @ step + numbers.offset
                 lp[c, i] = log_prior(structure, numbers, step) + log_likelihood(numbers, eta)
             rows.append(self.to_rows(structure, numbers, x))
         out: dict[str, Any] = {"rows": np.stack(rows), "log_density": lp}
+        if carried:
+            out["whitened"] = _whitened(target, np.concatenate(carried), rest, self.rngs[0])
         if self.streamed.histogram is not None:
             out["stream"] = self.streamed
         return out
