@@ -30,8 +30,8 @@ from bayestie._model_arguments import argument_names, check_keywords
 from bayestie._run_context import model_defaults, seeded, to_tensors
 from bayestie._vmap_mends import Enumerate, every_row, mended, mended_enumeration
 
-# Tracing a graph costs about as much as this many eager evaluations.
-TRACE_AFTER = 25
+# Tracing costs as much as a graph saves in 100 to 250 evaluations: whoever has made as many makes more.
+TRACE_AFTER = 100
 
 
 class LaneProgram:
