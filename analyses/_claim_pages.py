@@ -106,7 +106,7 @@ def _svg(plot: Plot, name: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for curve in plot.curves:
@@ -118,7 +118,7 @@ def _svg(plot: Plot, name: str) -> str:
         axes.set_xscale(plot.x_scale)
     axes.set_yscale(plot.y_scale)
     axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-    axes.legend()
+    axes.legend(fontsize="small")
     out = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -142,7 +142,7 @@ nav a { display: inline-block; padding: .1rem .5rem; border: 1px solid #bbb; bor
 .fails { font-weight: bold; color: #b00020; }
 section { border-top: 2px solid #ddd; margin-top: 2rem; scroll-margin-top: 1rem; }
 h2 { margin-bottom: 0; } h2 a { font-weight: normal; font-size: 1rem; margin-left: .5rem; }
-.both { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; align-items: start; }
+.both { display: grid; grid-template-columns: 3fr 2fr; gap: 1.5rem; align-items: start; }
 .both > * { min-width: 0; } figure { margin: 0; }
 @media (max-width: 60rem) { .both { grid-template-columns: 1fr; } }
 """
