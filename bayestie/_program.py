@@ -4,7 +4,6 @@ import contextlib
 import copy
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayestie._enumerated import enumerated_log_prob
-from bayestie._errors import BayestieError, KeywordError, NoLatentError, first_line
+from bayestie._errors import BayestieError, KeywordError, NoLatentError
 from bayestie._first_run import FirstRun, explained
 from bayestie._lane import Enough, Lane, LaneInputs, Site
 from bayestie._messages import (
@@ -28,10 +26,8 @@ from bayestie._messages import (
 )
 from bayestie._model_arguments import argument_names, check_keywords
 from bayestie._run_context import model_defaults, seeded, to_tensors
+from bayestie._tiers import Tiers, described
 from bayestie._vmap_mends import Enumerate, every_row, mended, mended_enumeration
-
-# Tracing costs as much as a graph saves in 100 to 250 evaluations: whoever has made as many makes more.
-TRACE_AFTER = 100
 
 
 class LaneProgram:
@@ -89,10 +85,8 @@ class LaneProgram:
         self.seed = seed
         self.tie_strengths: dict[str, list[Any]] = {}  # tied site -> its sigma at every point, as first run
         self._first_runs()
-        self._graphs: dict[Any, Callable[..., Any]] = {}
-        self._calls: Counter[Any] = Counter()
+        self.tiers = Tiers(self.quiet, self.dtype, self.device)
         self.loop_reason: str | None = None  # why lanes run one after another, if they do
-        self.trace_failure: str | None = None  # why there are no graphs, if there are none
 
     # -- the validated run ---------------------------------------------------------------------------
 
@@ -291,39 +285,9 @@ class LaneProgram:
     def _batched_function(
         self, position: Tensor, inputs: LaneInputs, gradient: bool, rows: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
-        """The eager batched function for the first calls at a width, its traced graph from then on."""
         key = (gradient, position.shape, inputs.key(), tuple((name, len(x)) for name, x in rows.items()))
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return graph
-        self._calls[key] += 1
         eager = self.batched(gradient, inputs, tuple(rows))
-        if self._calls[key] > TRACE_AFTER and self.trace_failure is None:
-            try:
-                with self.quiet():
-                    graph = make_fx(eager, _allow_non_fake_inputs=True)(
-                        position, *inputs.flat(), *rows.values()
-                    )
-            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                # Lanes stay a batch, untraced: a model that reads numbers off tensors (a sequential plate).
-                self.trace_failure = _described(error)
-            else:
-                graph.graph.eliminate_dead_code()
-                graph.recompile()
-
-                def traced(*tensors: Tensor) -> Any:
-                    # A constant that the model made without a dtype is made anew by the graph.
-                    with model_defaults(self.dtype, torch.device("cpu")):
-                        return graph(*tensors)
-
-                self._graphs[key] = traced
-                return traced
-
-        def run(*tensors: Tensor) -> Any:
-            with self.quiet():
-                return eager(*tensors)
-
-        return run
+        return self.tiers.function(key, eager, [position, *inputs.flat(), *rows.values()])
 
     def batched(self, gradient: bool, like: LaneInputs, plates: Sequence[str] = ()) -> Callable[..., Any]:
         """The untraced batched function of (position, *flat inputs, *rows of ``plates``)."""
@@ -349,7 +313,7 @@ class LaneProgram:
         return value_and_grad
 
     def _fall_back(self, error: Exception) -> None:
-        self.loop_reason = _described(error)
+        self.loop_reason = described(error)
         name = getattr(self.model, "__name__", type(self.model).__name__)
         warnings.warn(
             f"model '{name}' cannot be vectorised over lanes, so lanes run one after another "
@@ -400,10 +364,6 @@ class LaneProgram:
     def point(self, index: int) -> LaneInputs:
         """The inputs of one point, without a lane axis."""
         return self.points.unflatten([x[index] for x in self.points.flat()])
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_numerical(error: Exception) -> bool:

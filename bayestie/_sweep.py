@@ -330,6 +330,7 @@ def _run(
         if out is not None and (finished := assembly.partial(interruption.draws, begin)) is not None:
             save(finished, out)
         raise
+    attrs |= _tier(program)
     task.progress({"stage": "collecting", "strengths_total": len(grid), "certified": sum(draws.certified)})
     try:
         tree = assembly.tree(draws, gaussian, begin)
@@ -349,6 +350,14 @@ PACKAGES = {"bayestie": "bayestie", "torch": "torch", "pyro": "pyro-ppl", "arviz
 @cache
 def _versions() -> dict[str, str]:
     return {f"{name}_version": version(package) for name, package in PACKAGES.items()}
+
+
+def _tier(program: LaneProgram) -> dict[str, str]:
+    """How lanes of the program ran in the end, and why not faster."""
+    tiers, loop = program.tiers, program.loop_reason
+    reason = loop or tiers.trace_failure or tiers.compile_failure
+    found = {"lane_tier": "loop" if loop else tiers.highest}
+    return found | ({"lane_tier_reason": reason} if reason else {})
 
 
 def _follow(schedule: dict[str, np.ndarray], engine: str, task: Task) -> LaplaceFit:

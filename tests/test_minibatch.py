@@ -13,7 +13,7 @@ from pyro import poutine
 from torch.distributions import biject_to
 
 import bayestie as bt
-from bayestie import _program
+from bayestie import _tiers
 from bayestie._build_density import build_density
 from bayestie._engines import Task, _svi, fit_laplace, run_pyro_nuts, run_pyro_svi, run_svi
 from bayestie._engines._minibatch import MinibatchScore, draw_rows
@@ -157,10 +157,10 @@ def test_density_and_gradient_on_given_rows_are_those_of_pyro(model, monkeypatch
     found, found_grad = program.evaluate(u, NO_INPUTS, gradient=True, rows=rows)
     assert_close(found, value)
     assert_close(found_grad, grad)
-    monkeypatch.setattr(_program, "TRACE_AFTER", 0)
+    monkeypatch.setattr(_tiers, "TRACE_AFTER", 0)
     elsewhere = {name: (x + 1) % 6 for name, x in rows.items()}  # the rows are no constants of the graph
     program.evaluate(u + 0.5, NO_INPUTS, gradient=True, rows=elsewhere)
-    assert bool(program._graphs) == (model is not sequential)
+    assert bool(program.tiers.traced) == (model is not sequential)
     found, found_grad = program.evaluate(u, NO_INPUTS, gradient=True, rows=rows)
     assert_close(found, value)
     assert_close(found_grad, grad)

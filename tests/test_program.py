@@ -10,10 +10,11 @@ import torch
 from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import MASK, ZOO, Case, X, Y, masked_regression, missing_observations, normal_mean
 
 import bayestie as bt
-from bayestie import _program
+from bayestie import _tiers
 from bayestie._errors import BayestieError
 from bayestie._lane import LaneInputs
 from bayestie._program import LaneProgram
@@ -72,9 +73,9 @@ def test_graph_and_loop_agree_with_the_eager_program(name, monkeypatch):
     program = LaneProgram(case.model, case.args, case.kwargs)
     u = positions(program)
     value, grad = program.evaluate(u, NO_INPUTS, gradient=True)
-    monkeypatch.setattr(_program, "TRACE_AFTER", 0)
+    monkeypatch.setattr(_tiers, "TRACE_AFTER", 0)
     traced, traced_grad = program.evaluate(u + 0.5, NO_INPUTS, gradient=True)  # traced at another position
-    assert bool(program._graphs) == (name != "sequential_plate")  # Pyro reads its indices off a tensor
+    assert bool(program.tiers.traced) == (name != "sequential_plate")  # Pyro reads its indices off a tensor
     assert not torch.equal(traced, value)
     traced, traced_grad = program.evaluate(u, NO_INPUTS, gradient=True)
     assert_close(traced, value, 1e-13)
@@ -83,6 +84,79 @@ def test_graph_and_loop_agree_with_the_eager_program(name, monkeypatch):
     looped, looped_grad = program.evaluate(u, NO_INPUTS, gradient=True)
     assert_close(looped, value, 1e-13)
     assert_close(looped_grad, grad, 1e-12)
+
+
+# Two to ten seconds each: half of the zoo, every kind of it.
+COMPILED = (
+    "binomial", "crossed_plates", "deterministic", "factor", "gaussian_process", "learned_strength",
+    "logistic", "logistic_by_probabilities", "masked", "masked_regression", "missing_observations",
+    "multinomial_logistic", "multivariate_normal", "poisson_groups", "reparametrised", "scaled", "student_t",
+    "tied_copies", "tied_level", "with_param",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_graph_agrees_with_pyro(name, monkeypatch):
+    case = ZOO[name]
+    program = compiling(LaneProgram(case.model, case.args, case.kwargs), monkeypatch)
+    u = positions(program)
+    program.evaluate(u + 0.5, NO_INPUTS, gradient=True)  # compiled at another position
+    assert program.tiers.highest == "compiled"
+    value, grad = program.evaluate(u, NO_INPUTS, gradient=True)
+    for i in range(len(u)):
+        expected, expected_grad = pyro_log_joint(case, program, u[i])
+        assert_close(value[i], expected)
+        assert_close(grad[i], expected_grad)
+
+
+def compiling(program, monkeypatch):
+    """A program that compiles what it is called with first."""
+    monkeypatch.setattr(_tiers, "TRACE_AFTER", 0)
+    monkeypatch.setattr(_tiers, "_calls_worth_compiling", lambda graph: 0.0)
+    return program
+
+
+def test_without_a_compiler_the_graph_runs(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("no g++ here")
+
+    case = ZOO["normal_mean"]
+    program = compiling(LaneProgram(case.model, case.args, case.kwargs), monkeypatch)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", missing)
+    u = positions(program)
+    program.evaluate(u, NO_INPUTS)
+    assert program.tiers.highest == "traced"
+    assert program.tiers.compile_failure == "FileNotFoundError: no g++ here"
+
+
+def test_a_compilation_that_disagrees_is_not_used(monkeypatch):
+    case = ZOO["normal_mean"]
+    program = compiling(LaneProgram(case.model, case.args, case.kwargs), monkeypatch)
+    monkeypatch.setattr(_tiers, "_fused", lambda traced, arguments: lambda *x: traced(*x) * (1 + 1e-9))
+    u = positions(program)
+    expected = LaneProgram(case.model, case.args, case.kwargs).evaluate(u, NO_INPUTS)
+    assert_close(program.evaluate(u, NO_INPUTS), expected, 1e-13)
+    assert program.tiers.highest == "traced" and "away from" in str(program.tiers.compile_failure)
+
+
+def test_calls_alone_decide_what_is_compiled(monkeypatch):
+    case, compiled_at = ZOO["normal_mean"], []
+    program = LaneProgram(case.model, case.args, case.kwargs)
+    u = positions(program)
+    monkeypatch.setattr(_tiers, "_calls_worth_compiling", lambda graph: 50.0)
+    monkeypatch.setattr(_tiers, "_fused", lambda traced, arguments: traced)
+    for call in range(1, 200):
+        program.evaluate(u, NO_INPUTS)
+        if program.tiers.highest == "compiled":
+            compiled_at.append(call)
+    assert compiled_at[0] == _tiers.TRACE_AFTER + 51
+
+
+def test_cheap_graphs_are_compiled_after_more_calls_than_costly_ones():
+    x = torch.zeros(3, dtype=torch.float64)
+    small, large = (make_fx(lambda x: x.exp().sin())(x.expand(n, 3).clone()) for n in (1, 1_000_000))
+    calls = [_tiers._calls_worth_compiling(graph) for graph in (small, large)]
+    assert calls[0] > 100 * calls[1] > 100
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.startswith("tied")])
@@ -218,7 +292,7 @@ def undefined(y):
 @pytest.mark.parametrize("model", [fragile, undefined])
 def test_a_lane_that_fails_leaves_the_others_alone(model, traced, monkeypatch):
     if traced:
-        monkeypatch.setattr(_program, "TRACE_AFTER", 0)
+        monkeypatch.setattr(_tiers, "TRACE_AFTER", 0)
     program = _started(model)
     good = torch.tensor([[0.5], [2.0], [1.0]], dtype=torch.float64)
     bad = torch.tensor([[0.5], [-2.0], [1.0]], dtype=torch.float64)
