@@ -2,9 +2,11 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 import bayestie as bt
+from bayestie._engines._nuts import fisher_divergence
 
 
 def test_chains_that_end_together_reach_the_acceptance_asked_for():
@@ -15,3 +17,40 @@ def test_chains_that_end_together_reach_the_acceptance_asked_for():
 
     tree = bt.fit(model, engine="nuts", seed=1, num_chains=4, num_draws=250, target_ess=100)
     assert 0.74 < float(tree.sample_stats["acceptance_rate"].mean()) < 0.86
+
+
+def test_fisher_divergence_of_a_normal_is_its_closed_form():
+    # The mean of 2 sqrt(Sigma_jj Q_jj) - 2: E |x / s - s Q x|^2 / D at s^2 = sqrt(Sigma_jj / Q_jj).
+    covariance = torch.tensor([[4.0, 1.5], [1.5, 1.0]], dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance)
+    noise = torch.randn(1, 200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = 3.0 + noise @ factor.mT
+    found, scale = fisher_divergence(x, -torch.linalg.solve(covariance, (x - 3.0).mT).mT)
+    precision = torch.linalg.inv(covariance)
+    both = (covariance.diagonal() * precision.diagonal()).sqrt()
+    assert float(found) == pytest.approx(float((2 * both - 2).mean()), rel=0.02)
+    torch.testing.assert_close(
+        scale[0], (covariance.diagonal() / precision.diagonal()) ** 0.25, rtol=0.01, atol=0
+    )
+    alone, _ = fisher_divergence(noise, -noise)
+    assert float(alone) < 1e-4
+
+
+@pytest.mark.parametrize("strength", ["learned", "known"])
+def test_short_trees_whatever_the_strength(strength):
+    # The joint mode of (sigma, z) is at a sigma far above the posterior's: its curvature misleads.
+    generator = torch.Generator().manual_seed(2)
+    group = torch.arange(30).repeat_interleave(20)
+    truth = 0.4 * torch.randn(30, generator=generator)
+    y = torch.bernoulli(torch.sigmoid(0.5 + truth)[group], generator=generator)
+
+    def model(y, *, sigma=0.4):
+        if strength == "learned":
+            sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+        theta = bt.tied("theta", bt.Tie.exchangeable(30), sigma, dist.Normal(0.0, 1.5))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=theta[group]), obs=y)
+
+    tree = bt.fit(model, y, engine="nuts", seed=1)
+    assert bool(tree["sweep"].certified)
+    assert float(tree.sample_stats["n_steps"].mean()) < 12
