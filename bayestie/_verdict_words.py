@@ -209,7 +209,7 @@ def _tension(answer: Record) -> str:
 def _trust(record: Record) -> str:
     bad, total = record["uncertified"], record["num_points"]
     if record["certified"]:
-        words = f"All {total} swept points are certified."
+        words = f"The draws of all {total} swept points are certified."
     elif not bad:
         words = "The tree does not say whether its draws are certified: do not rely on these numbers."
     else:

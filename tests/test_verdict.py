@@ -136,7 +136,7 @@ def test_uncertified_strengths_are_said_to_be():
     assert found.record["certified"] is False
     assert found.record["uncertified"] == [{"sigma": sigma, "reason": "khat 0.9 above 0.7"}]
     assert "1 of 17 swept points are not certified" in found.text and "khat 0.9" in found.text
-    assert "All 17 swept points are certified." in verdict(path).text
+    assert "The draws of all 17 swept points are certified." in verdict(path).text
 
 
 def test_disagreeing_estimates_are_a_caveat():
