@@ -54,3 +54,17 @@ def test_short_trees_whatever_the_strength(strength):
     tree = bt.fit(model, y, engine="nuts", seed=1)
     assert bool(tree["sweep"].certified)
     assert float(tree.sample_stats["n_steps"].mean()) < 12
+
+
+def test_a_ring_of_modes_is_walked():
+    # Curvature along the ring is rounding, or a prior's: the Gaussian at a mode says the ridge is straight.
+    def ring():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        pyro.sample("y", dist.Normal(w.square().sum(), 0.4), obs=torch.tensor(1.0))
+
+    tree = bt.fit(ring, engine="nuts", seed=1, num_chains=2, num_draws=100, target_ess=20)
+    w = tree.posterior["w"].values.reshape(-1, 2)
+    angle = torch.atan2(*torch.as_tensor(w).T)
+    assert (abs(w.mean(0)) < 0.4).all() and (w.std(0) > 0.5).all()
+    counts = torch.histc(angle, 4, -torch.pi, torch.pi)
+    assert counts.min() > 20

@@ -25,6 +25,9 @@ METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain 
 SHORTEST = 50  # draws of a short chain in a round, at least
 EFFICIENCY = 0.55  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 BETTER = 0.8  # of the Fisher divergence of Laplace's axes: that of the latents is to be below
+PROBE = 16  # draws that tell whether the Gaussian at the mode reaches too far
+FAR = 10.0  # times the median: the length of an axis that is looked into
+FALLEN = 0.6  # a Gaussian's log density falls by a half in one
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 22  # times what is stored, at most
 _JUDGED = 5_000_000  # numbers judged together
@@ -43,9 +46,42 @@ def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
     found = noise_coordinates(task, fit)
     if found is not None:
         return found
+    fit = believable(task, fit)
     # The density's own axes suit a diagonal metric, and maps along them, better than any others.
     oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
     return Coordinates(task, oriented, torch.ones_like(fit.mode), axis_map(task, oriented))
+
+
+def believable(task: Task, fit: LaplaceFit) -> LaplaceFit:
+    """The fit, its axes no longer than the density is wide along them.
+
+    Where a mode is a ridge that bends (weights of a net that may be rotated into one another), the curvature
+    along it is rounding, and the Gaussian reaches a million times too far. Such an axis gets the length after
+    which the density has fallen as a Gaussian does after one standard deviation.
+    """
+    dim = fit.mode.shape[1]
+    noise = torch.stack([task.normals((PROBE, dim), 204, int(point)) for point in fit.points])
+    top = task.density.value(fit.points, fit.mode.unsqueeze(1))
+    fall = torch.nan_to_num(top - task.density.value(fit.points, fit.to_position(noise)), nan=torch.inf)
+    rows = torch.nonzero((fall > 10.0 * (1.0 + noise.square().sum(-1))).sum(1) > PROBE / 2).squeeze(1)
+    if not len(rows):
+        return fit
+    some = fit.take(rows)
+    vectors, lengths, _ = torch.linalg.svd(some.factor)
+    halved = lengths.unsqueeze(-1) * 2.0 ** -torch.arange(40, dtype=lengths.dtype, device=lengths.device)
+    top = top[rows]
+    for j in torch.nonzero((lengths > FAR * lengths.median(1, keepdim=True).values).any(0)).squeeze(1):
+        step = halved[:, j].unsqueeze(-1) * vectors[:, :, j].unsqueeze(1)
+        at = some.mode.unsqueeze(1) + torch.cat([step, -step], 1)
+        fall = (top - task.density.value(some.points, at)).unflatten(1, (2, -1)).amax(1)
+        inside = torch.nan_to_num(fall, nan=torch.inf) <= FALLEN
+        first = torch.where(inside.any(1), inside.long().argmax(1), halved.shape[-1] - 1)
+        lengths[:, j] = halved[torch.arange(len(rows)), j, first]
+    factor, info = torch.linalg.cholesky_ex((vectors * lengths.square().unsqueeze(1)) @ vectors.mT)
+    good = info == 0
+    shorter, log_det = fit.factor.clone(), fit.log_det.clone()
+    shorter[rows[good]], log_det[rows[good]] = factor[good], lengths[good].log().sum(1)
+    return replace(fit, factor=shorter, log_det=log_det)
 
 
 def fisher_divergence(x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
