@@ -191,9 +191,24 @@ class CopyProgram:
                     one, two = (v[site][name] for v in values[1:])
                     curved |= not torch.allclose(two - one, one - at_zero, rtol=1e-9, atol=1e-9)
                     scale_moves |= name == "scale" and not torch.equal(one, at_zero)
-            if curved or scale_moves:
+            ties = [_stated(self.read(0, t * step, hyper).priors) for t in (0.0, 1.0)]
+            ties_move = any(not torch.equal(a, b) for a, b in zip(*ties, strict=True))
+            if curved or scale_moves or ties_move:
                 self.gaussian.discard(block.name)
         self._lay_out()
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        """Nothing but the predictors may depend on x: neither what ties state nor factors."""
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(self.num_x, dtype=self.program.dtype, generator=generator)
+        hyper = self.hyper_probe(0)
+        still, moved = (self.read(0, at, hyper) for at in (torch.zeros_like(x), x))
+        pairs = zip(_stated(still.priors), _stated(moved.priors), strict=True)
+        if any(not torch.equal(a, b) for a, b in pairs):
+            raise NotSparse("what a tied site states depends on the copies of another")
+        if abs(still.log_hyper - moved.log_hyper) > 1e-9 * (1.0 + abs(still.log_hyper)):
+            raise NotSparse("the density of a latent or a factor depends on copies or Gaussian latents")
 
     def hyper_probe(self, index: int) -> Tensor:
         """A position of the latents outside x, (num_hyper,)."""
@@ -250,6 +265,18 @@ class CopyProgram:
             if name in self.hyper or name not in program.latent:  # pyro.factor stands with the latter
                 log_hyper = log_hyper + value.sum()
         return Reading(given.priors, lane.messages, likelihoods, float(log_hyper))
+
+
+def _stated(priors: Mapping[str, TiePrior]) -> list[Tensor]:
+    """The numbers that tied statements were made with."""
+    found: list[Tensor] = []
+    for prior in priors.values():
+        args, law = prior.args, prior.level_distribution
+        found.append(args.sigma)
+        found += [x for x in (prior.known_level, args.event_scale_tril) if x is not None]
+        if law is not None:
+            found += [law.mean, law.variance]
+    return found
 
 
 def sites_of(reading: Reading, names: Sequence[str]) -> list[Any]:

@@ -28,7 +28,7 @@ def base_distribution(fn: Any) -> Any:
     """The distribution under Independent, Expanded and Masked wrappers."""
     while True:
         inner = getattr(fn, "base_dist", None)
-        if inner is None or isinstance(fn, dist.TransformedDistribution):
+        if inner is None or isinstance(fn, torch.distributions.TransformedDistribution):
             return fn
         fn = inner
 

@@ -150,6 +150,11 @@ class SparseDensity:
         )
         return structure, self._with_still(numbers, point)
 
+    def parts(self, point: int, hyper: Tensor) -> list[PriorPart]:
+        """The prior of every block of x at one point and h."""
+        reading = self.copies.read(point, torch.zeros(self.copies.num_x, dtype=torch.float64), hyper)
+        return [self._part(block, reading)[0] for block in self.copies.blocks]
+
     def _with_still(self, numbers: Numbers, point: int) -> Numbers:
         """Observed sites that no latent moves add a constant."""
         moving = {p.site for p in self.predictors}

@@ -10,17 +10,20 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy.integrate import quad
+from scipy.stats import lognorm, multivariate_normal
 
 import bayestie as bt
 from bayestie import _sweep
 from bayestie._engines import _sparse
 from bayestie._errors import InferenceError
 from bayestie._program import LaneProgram
-from bayestie._sparse_density import SparseDensity
+from bayestie._sparse_density import SparseDensity, build_sparse_density
 from bayestie._sparse_factor import choose_pattern, lower_pattern
 from bayestie._sparse_gaussian import Gaussian
+from bayestie._sparse_joint import SparseJoint
 from bayestie._sparse_map import NotSparseMap, find_map
-from bayestie._sparse_mode import find_mode
+from bayestie._sparse_mode import find_mode, log_likelihood, log_prior
 from models import nile, poisson_chain
 
 BASE = dist.Normal(torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64))
@@ -386,6 +389,89 @@ def test_crossed_effects_with_unknown_noise_agree_with_quadrature(sparse_everywh
         error = sd / math.sqrt(float(at.min_ess_bulk))
         assert (np.abs(draws.mean(0) - mean) < 4 * error).all()
         assert (np.abs(draws.std(0) - sd) < 4 * error).all()
+
+
+def learned_spread(*, sigma):
+    spread = pyro.sample("spread", dist.LogNormal(0.0, 0.5))
+    theta = bt.tied("theta", T.exchangeable(5), sigma * spread, BASE)
+    with pyro.plate("row", 5):
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.arange(5.0))
+
+
+def learned_log_spread(*, sigma):
+    spread = pyro.sample("spread", dist.Normal(0.0, 0.5))
+    theta = bt.tied("theta", T.exchangeable(5), sigma * spread.exp(), BASE)
+    with pyro.plate("row", 5):
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.arange(5.0))
+
+
+@pytest.mark.parametrize("model", [learned_spread, learned_log_spread])
+def test_a_latent_that_only_ties_depend_on_is_integrated_over(model, sparse_everywhere):
+    path = bt.sweep(model, over={"sigma": [0.5]}, num_draws=500)
+    assert path.attrs["density_route"] == "sparse" and bool(path.sweep.certified.all())
+    y, mean, level = np.arange(5.0), float(BASE.loc), float(BASE.scale)
+
+    def both(s):
+        covariance = level**2 + np.diag(np.full(5, (0.5 * s) ** 2 + 0.5**2))
+        likelihood = multivariate_normal(np.full(5, mean), covariance).pdf(y)
+        return (
+            lognorm(0.5).pdf(s) * likelihood * np.array([1.0, s if model is learned_spread else math.log(s)])
+        )
+
+    mass, first = (quad(lambda s, i=i: both(s)[i], 1e-9, 50.0, limit=500)[0] for i in (0, 1))
+    at = path.sweep.isel(sigma=0)
+    assert abs(float(at.log_evidence) - math.log(mass)) < 4 * float(at.log_evidence_error)
+    spread = path.posterior["spread"].values
+    assert abs(spread.mean() - first / mass) < 4 * spread.std() / math.sqrt(float(at.min_ess_bulk))
+
+
+def tie_of_a_tie(*, sigma):
+    first = bt.tied("first", T.chain(4), 0.5, BASE)
+    second = bt.tied("second", T.chain(4), sigma, first.mean())
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(first + second, 0.5), obs=torch.arange(4.0))
+
+
+def factor_of_copies(*, sigma):
+    theta = bt.tied("theta", T.chain(4), sigma, BASE)
+    pyro.factor("shape", -theta.square().square().sum())
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(tie_of_a_tie, "depends on the copies of another"), (factor_of_copies, "factor depends on copies")],
+)
+def test_priors_that_depend_on_copies_are_not_served(model, said):
+    points = {"sigma": torch.tensor([0.5], dtype=torch.float64)}
+    density, why = build_sparse_density(LaneProgram(model, (), {}, points))
+    assert density is None and said in why
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_log_joint_of_many_draws_is_the_one_read_for_each(sigma):
+    points = {"sigma": torch.tensor([sigma], dtype=torch.float64)}
+    density = SparseDensity(LaneProgram(crossed_effects, (), ratings(), points))
+    rng = np.random.default_rng(1)
+    h = 0.3 * rng.normal(size=(6, density.copies.num_hyper))
+    structure, numbers = density.at(0, torch.from_numpy(h[0]))
+    x = numbers.mean + 0.4 * rng.normal(size=(6, structure.size))
+    joint = SparseJoint.of(density, 0, structure)
+    assert joint is not None
+    found = joint(x, density.full(structure, numbers, x), h)
+    for i in range(6):
+        _, numbers = density.at(0, torch.from_numpy(h[i]))
+        expected = log_prior(structure, numbers, x[i])
+        expected += log_likelihood(numbers, structure.map @ x[i] + numbers.offset)
+        assert found[i] == pytest.approx(expected, rel=1e-11)
+
+
+def test_a_tie_that_depends_on_other_latents_is_read_for_every_draw():
+    points = {"sigma": torch.tensor([0.5], dtype=torch.float64)}
+    density = SparseDensity(LaneProgram(learned_spread, (), {}, points))
+    structure, _ = density.at(0, density.copies.hyper_probe(0))
+    assert SparseJoint.of(density, 0, structure) is None
 
 
 # -- what is stored, what is refused ----------------------------------------------------------------------
