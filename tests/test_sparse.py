@@ -11,7 +11,6 @@ import pytest
 import scipy.sparse as sp
 import torch
 from scipy.integrate import quad
-from scipy.stats import lognorm, multivariate_normal
 
 import bayestie as bt
 from bayestie import _sweep
@@ -409,14 +408,13 @@ def learned_log_spread(*, sigma):
 def test_a_latent_that_only_ties_depend_on_is_integrated_over(model, sparse_everywhere):
     path = bt.sweep(model, over={"sigma": [0.5]}, num_draws=500)
     assert path.attrs["density_route"] == "sparse" and bool(path.sweep.certified.all())
-    y, mean, level = np.arange(5.0), float(BASE.loc), float(BASE.scale)
+    y, own = torch.arange(5.0, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
 
     def both(s):
-        covariance = level**2 + np.diag(np.full(5, (0.5 * s) ** 2 + 0.5**2))
-        likelihood = multivariate_normal(np.full(5, mean), covariance).pdf(y)
-        return (
-            lognorm(0.5).pdf(s) * likelihood * np.array([1.0, s if model is learned_spread else math.log(s)])
-        )
+        covariance = BASE.scale**2 + own * ((0.5 * s) ** 2 + 0.5**2)
+        log_likelihood = dist.MultivariateNormal(BASE.loc.expand(5), covariance).log_prob(y)
+        density = (dist.LogNormal(0.0, 0.5).log_prob(torch.tensor(s)) + log_likelihood).exp()
+        return float(density) * np.array([1.0, s if model is learned_spread else math.log(s)])
 
     mass, first = (quad(lambda s, i=i: both(s)[i], 1e-9, 50.0, limit=500)[0] for i in (0, 1))
     at = path.sweep.isel(sigma=0)
