@@ -110,6 +110,13 @@ class Assembly:
     ) -> None:
         """Refuse names and labels that do not fit before anything is drawn."""
         for name, value in given.items():
+            if name in value and not isinstance(value, str):
+                raise NameLookupError(
+                    f"dims['{name}']",
+                    found=f"{list(value)}, with the variable's own name",
+                    expected="another name for the axis than for the variable",
+                    fix=f'Write dims={{"{name}": ["row"]}}, for example.',
+                )
             if isinstance(value, str) or len(value) > len(shapes[name]):
                 raise OptionError(
                     f"dims['{name}']",

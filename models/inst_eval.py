@@ -36,7 +36,7 @@ def inst_eval(
     service_effect = pyro.sample("service_effect", dist.Normal(0.0, 1.0))
     noise_sd = pyro.sample("noise_sd", dist.HalfNormal(2.0))
     mean = lecturers[lecturer] + students[student] + service_effect * service
-    with pyro.plate("rating", rating.shape[-1]):
+    with pyro.plate("row", rating.shape[-1]):
         pyro.sample("y", dist.Normal(mean, noise_sd), obs=rating)
 
 
@@ -57,5 +57,5 @@ def data():
         "num_lecturers": len(lecturer_codes),
         "coords": {"student_code": student_codes, "lecturer_code": lecturer_codes},
         "dims": {"students": ["student_code"], "lecturers": ["lecturer_code"]}
-        | {name: ["rating"] for name in ("rating", "service", "student", "lecturer")},
+        | {name: ["row"] for name in ("rating", "service", "student", "lecturer")},
     }

@@ -529,3 +529,15 @@ def test_masking_everything_leaves_the_prior():
 
     tree = bt.fit(masked, Y, torch.zeros_like(MASK), num_draws=20)
     assert float(tree.sweep.log_evidence) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_axis_with_the_name_of_its_variable_is_refused_before_anything_is_drawn():
+    def model(y, *, sigma):
+        theta = bt.tied("theta", bt.Tie.exchangeable(3), sigma, dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            pyro.sample("obs", dist.Normal(theta, 1.0), obs=y)
+
+    events = []
+    with pytest.raises(errors.NameLookupError, match="own name"):
+        bt.fit(model, torch.zeros(3), sigma=1.0, dims={"y": ["y"]}, progress=events.append)
+    assert not events
