@@ -76,7 +76,7 @@ def believable(task: Task, fit: LaplaceFit) -> LaplaceFit:
         fall = (top - task.density.value(some.points, at)).unflatten(1, (2, -1)).amax(1)
         inside = torch.nan_to_num(fall, nan=torch.inf) <= FALLEN
         first = torch.where(inside.any(1), inside.long().argmax(1), halved.shape[-1] - 1)
-        lengths[:, j] = halved[torch.arange(len(rows)), j, first]
+        lengths[:, j] = halved[:, j].gather(1, first.unsqueeze(1)).squeeze(1)
     factor, info = torch.linalg.cholesky_ex((vectors * lengths.square().unsqueeze(1)) @ vectors.mT)
     good = info == 0
     shorter, log_det = fit.factor.clone(), fit.log_det.clone()

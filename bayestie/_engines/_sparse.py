@@ -273,13 +273,13 @@ class _Pool:
         self.ess = float(torch.exp(-torch.logsumexp(2.0 * self.smoothed, 0)))
 
     def _agrees(self, joint: SparseJoint, fit: SparseFit) -> bool:
-        """With the density read at the mode; whatever vmap cannot do is left to that."""
+        """With the density read at the mode."""
         x, h = fit.gaussian.mean[None], self.hyper_fit.mode[None]
         expected = self._log_joint(fit, x, h)
         try:
             found = joint(x, self.run.density.full(fit.structure, fit.numbers, x), h)
         except (RuntimeError, ValueError, NotImplementedError, TypeError):
-            return False
+            return False  # what vmap cannot do, in whatever words: the density is read for every draw
         return bool(abs(found[0] - expected[0]) <= 1e-9 * (1.0 + abs(expected[0])))
 
     def _log_joint(self, fit: SparseFit, x: np.ndarray, h: np.ndarray) -> np.ndarray:
