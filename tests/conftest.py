@@ -11,7 +11,7 @@ _ROOT = Path(__file__).parents[1]
 _MODULES = [
     ".".join(path.relative_to(_ROOT).with_suffix("").parts)
     for path in (_ROOT / "bayestie").rglob("*.py")
-    if path.name not in ("_kernels.py", "__init__.py")
+    if not path.name.endswith(("_kernels.py", "__init__.py"))
 ]
 jaxtyping.install_import_hook(_MODULES, "shape_check.check")
 

@@ -1,20 +1,29 @@
 """Compiled trajectories against the same state machine in torch, tabulated priors against the function."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 from zoo import numbers
 
-from bayestie._engines._lanes import Lanes
+import bayestie as bt
+from bayestie._build_density import build_density
+from bayestie._engines import Task
+from bayestie._engines._lanes import MOMENTA, Lanes, StepSize
+from bayestie._engines._laplace_fit import fit_laplace
 from bayestie._engines._native import NativeTrajectories
+from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._prior_table import PriorTable
 from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
 from bayestie._latent_scale import value_and_slope
+from bayestie._program import LaneProgram
 
 LANES, DIM = 12, 5
 
@@ -103,6 +112,54 @@ def test_a_lane_that_starts_often_leaves_the_momenta_of_others_alone():
         drawn.append(torch.stack(own))
     assert torch.equal(*drawn)
     assert len(drawn[0].unique(dim=0)) == 16
+
+
+def noisy(y, prior, *, sigma):
+    theta = bt.tied("theta", bt.Tie.chain(6), sigma, dist.Normal(0.3, 1.0))
+    noise = pyro.sample("noise", prior)
+    with pyro.plate("row", 6):
+        pyro.sample("y", dist.Normal(theta, noise), obs=y)
+
+
+@pytest.mark.parametrize("tabulated", [True, False])
+@pytest.mark.parametrize("adapt", [False, True])
+def test_whole_ticks_are_those_of_torch(tabulated, adapt):
+    strengths = torch.tensor([0.3, 1.5], dtype=torch.float64)
+    data = (numbers(6, seed=11), dist.HalfNormal(1.0))
+    program = LaneProgram(noisy, data, {}, {"sigma": strengths})
+    task = Task(program, build_density(program), 2, 4, 50, 100.0, 0, lambda event: None)
+    compiled = noise_coordinates(task, fit_laplace(task, task.points))
+    assert compiled is not None and compiled.prior is not None and compiled.prior.is_good
+    compiled.prior.is_good = tabulated
+    found = []
+    for at in (compiled, replace(compiled, prior=None)):
+        # Long steps: trajectories are short, and momenta run out within a block.
+        step = StepSize(torch.tensor([1.6, 0.9], dtype=torch.float64))
+        z = 0.5 * numbers(2, 5, program.num_latent, seed=4)
+        lanes = Lanes(at, z, torch.arange(2), 3, lambda done: None, torch.linspace(0.5, 1.5, 5).double())
+        result = lanes.run(60, step, adapt)
+        found.append((result, lanes, step))
+    (one, ours, our_step), (other, theirs, their_step) = found
+    torch.testing.assert_close(one.z, other.z, rtol=1e-6, atol=1e-7)
+    for name in STATISTICS:
+        torch.testing.assert_close(one.stats[name], other.stats[name], rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(our_step.log_step, their_step.log_step, rtol=1e-6, atol=1e-7)
+    assert bool((one.stats["n_steps"] == 1).any()) and len(one.stats["n_steps"].unique()) > 3
+    # A lane that has its draws stands still: nothing is taken in vain.
+    assert ours.useful == ours.leapfrogs == int(one.stats["n_steps"].sum())
+    assert theirs.leapfrogs > ours.leapfrogs
+
+
+def test_momenta_that_run_out_within_whole_ticks_are_found():
+    strengths = torch.tensor([1.0], dtype=torch.float64)
+    program = LaneProgram(noisy, (numbers(6, seed=11), dist.HalfNormal(1.0)), {}, {"sigma": strengths})
+    task = Task(program, build_density(program), 1, 4, 50, 100.0, 0, lambda event: None)
+    at = noise_coordinates(task, fit_laplace(task, task.points))
+    assert isinstance(at, NoiseCoordinates)
+    lanes = Lanes(at, torch.zeros(1, 3, program.num_latent).double(), torch.tensor([0]), 1, lambda done: None)
+    # A step of 100 diverges at once: a trajectory for every tick.
+    result = lanes.run(40, StepSize(torch.tensor([100.0], dtype=torch.float64)), False)
+    assert bool((result.stats["n_steps"] == 1).all()) and MOMENTA < 40
 
 
 def test_a_tabulated_prior_is_the_function():

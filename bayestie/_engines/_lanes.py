@@ -18,8 +18,12 @@ from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
 from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
 
+Slots = tuple[Tensor, Tensor, Tensor, Tensor]  # the last arguments of `Trajectories.record`
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
 TARGET_ACCEPT = 0.8
 TICKS_PER_BLOCK = 32  # noise is drawn, and finished lanes are dropped, once per block
+TICKS_PER_STEP = 4  # the step size is adapted so often
 MOMENTA = 8  # trajectories that a lane is expected to start in a block, at most
 
 
@@ -49,11 +53,11 @@ class StepSize:
         self.weight = torch.zeros_like(self.log_step)
         self.average = self.log_step.clone()
 
-    def update(self, index: Tensor, accept: Tensor, ended: Tensor) -> None:
-        """accept and ended are (P, C), ``index`` (P,) says of which points: a point learns from the chains
-        whose trajectory ended this tick."""
-        number = ended.sum(1)
-        mean = torch.where(ended, accept, 0.0).sum(1) / number.clamp(min=1)
+    def update(self, index: Tensor, tally: Tensor) -> None:
+        """``tally`` (P, 2): trajectories that ended since the last update in all chains of the points
+        ``index`` (P,), and the sum of their acceptance rates."""
+        number, accepted = tally.unbind(1)
+        mean = accepted / number.clamp(min=1)
         count = self.count[index] + number
         # Of as many updates as trajectories ended, were they one after another; of a jump, no more.
         gain = (1.5 * number * count.clamp(min=1) ** -0.6).clamp(max=1.0)
@@ -98,6 +102,17 @@ class Coordinates:
             own, grad = value + slope.log().sum(-1), grad * slope + bend / slope
         return value, own, grad * self.scale.unsqueeze(1)
 
+    def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: "Momenta") -> None:
+        """None: a tick evaluates the model."""
+
+
+class WholeTicks(Protocol):
+    """Ticks of a block, compiled whole."""
+
+    def run(self, until: int, steps: Tensor, pending: Tensor, tally: Tensor, slots: Slots) -> int:
+        """On to tick ``until``; the leapfrogs taken. The rest as in `Lanes`."""
+        ...
+
 
 class Whitened(Protocol):
     """Coordinates that the lanes move in, in which posteriors are about standard normal."""
@@ -113,6 +128,10 @@ class Whitened(Protocol):
         """As `Coordinates.evaluate`."""
         ...
 
+    def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: "Momenta") -> WholeTicks | None:
+        """The ticks of a block, where they are compiled."""
+        ...
+
 
 class Lanes:
     """The state machine for P x C lanes; flat lane axis L = P C. Lanes that are done leave the batch."""
@@ -124,9 +143,12 @@ class Lanes:
         rows: Tensor,
         stream: int,
         report: Callable[[int], None],
+        longer: Tensor | None = None,
     ):
         self.coordinates, self.stream, self.report = coordinates, stream, report
         self.num_points, self.num_chains, self.dim = z.shape
+        # Times the step of a point: what its chains (C,) take.
+        self.longer = z.new_ones(self.num_chains) if longer is None else longer
         self.z = z.reshape(-1, self.dim).clone()
         # What is still in the batch: the points' rows in the step size, and of every lane its number.
         self.rows = rows
@@ -143,50 +165,66 @@ class Lanes:
     def run(self, num_draws: int, step: StepSize, adapt: bool, max_depth: int = MAX_DEPTH) -> Round:
         """``num_draws`` trajectories in every lane."""
         total = len(self.z)
-        out_z = self.z.new_zeros(total, num_draws + 1, self.dim)  # the last slot takes what is not kept
-        out = self.z.new_zeros(total, num_draws + 1, len(STATISTICS))
-        count = torch.zeros(total, dtype=torch.long, device=self.z.device)
+        self.out_z = self.z.new_zeros(total, num_draws + 1, self.dim)  # the last slot takes what is not kept
+        self.out = self.z.new_zeros(total, num_draws + 1, len(STATISTICS))
+        self.count = torch.zeros(total, dtype=torch.long, device=self.z.device)
+        # Lanes whose next tick begins a trajectory.
+        self.pending = torch.ones(total, dtype=torch.bool, device=self.z.device)
+        # Of wanted trajectories that ended since the step size was adapted: how many, and their acceptance.
+        self.tally = self.z.new_zeros(total, 2)
         state = trajectories(self.z, *self._evaluate(self.z), max_depth)
-        momenta, uniforms = self._momenta(), self._uniforms()
-        steps = self._steps(step)
-        state.start(self.lane, momenta.take(self.lane), uniforms[0, :, 0], steps)
         while True:
-            for t in range(1, TICKS_PER_BLOCK + 1):
-                z, p = state.propose()
-                ended = state.advance(z, p, *self._evaluate(z), uniforms[t])
-                self.ticks += 1
-                self.leapfrogs += len(z)
-                self.useful += int((count < num_draws).sum())
-                kept, rate = state.record(ended, self.lane, count, out_z, out)
+            for _ in self._block(state, step, TICKS_PER_STEP if adapt else TICKS_PER_BLOCK):
                 if adapt:
-                    step.update(self.rows, *self._acceptance(ended, kept, rate))
-                    steps = self._steps(step)
-                state.start(ended, momenta.take(ended), uniforms[t, :, 0], steps)
-            busy = count < num_draws
-            self.report(total * num_draws - int((num_draws - count[busy]).sum()))
+                    step.update(self.rows, self.tally.view(len(self.rows), -1, 2).sum(1))
+                self.tally.zero_()
+            self.ticks += TICKS_PER_BLOCK
+            busy = self.count < num_draws
+            self.report(total * num_draws - int((num_draws - self.count[busy]).sum()))
             if not bool(busy.any()):
                 break
-            kept_lanes = self._compact(busy)
-            if kept_lanes is not None:
-                state.keep(kept_lanes)
-                steps = self._steps(step)
-                count = torch.where(busy[kept_lanes], count[kept_lanes], num_draws)
-            momenta, uniforms = self._momenta(), self._uniforms()
+            kept = self._compact(busy)
+            if kept is not None:
+                state.keep(kept)
+                self.pending, self.tally = self.pending[kept], self.tally[kept]
+                self.count = torch.where(busy[kept], self.count[kept], num_draws)
         # Where a lane stands at some tick is biased towards long trajectories; at its n-th draw it is not.
-        self.z = out_z[:, num_draws - 1]
+        self.z = self.out_z[:, num_draws - 1]
         shape = (self.num_points, self.num_chains, num_draws)
-        kept_stats = out[:, :num_draws].reshape(*shape, -1).unbind(-1)
+        kept_stats = self.out[:, :num_draws].reshape(*shape, -1).unbind(-1)
         return Round(
-            out_z[:, :num_draws].reshape(*shape, self.dim), dict(zip(STATISTICS, kept_stats, strict=True))
+            self.out_z[:, :num_draws].reshape(*shape, self.dim),
+            dict(zip(STATISTICS, kept_stats, strict=True)),
         )
 
-    def _acceptance(self, ended: Tensor, kept: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """Acceptance rates and whether there is one, (P, C) each."""
-        table = rate.new_zeros(2, len(self.lane))
-        table[0].index_copy_(0, ended, rate)
-        table[1].index_copy_(0, ended, kept.to(rate))
-        rates, there = table.view(2, len(self.rows), -1)
-        return rates, there > 0
+    def _block(self, state: Trajectories, step: StepSize, every: int) -> Iterator[None]:
+        """A block of ticks, with a stop after ``every`` few where the step size may be adapted."""
+        momenta, uniforms = self._momenta(), self._uniforms()
+        compiled = self.coordinates.whole_ticks(state, uniforms, momenta)
+        num_draws = self.out_z.shape[1] - 1
+        for begin in range(0, TICKS_PER_BLOCK, every):
+            end, steps = begin + every, self._steps(step)
+            if compiled is not None:
+                leapfrogs = compiled.run(end, steps, self.pending, self.tally, self._slots())
+                self.leapfrogs += leapfrogs
+                self.useful += leapfrogs
+                yield
+                continue
+            for t in range(begin, end):
+                begins = self.pending.nonzero().squeeze(1)
+                state.start(begins, momenta.take(begins), uniforms[t, :, 0], steps)
+                z, p = state.propose()
+                ended = state.advance(z, p, *self._evaluate(z), uniforms[t])
+                self.leapfrogs += len(z)
+                self.useful += int((self.count < num_draws).sum())
+                kept, rate = state.record(ended, *self._slots())
+                self.tally.index_add_(0, ended, torch.stack([kept.to(rate), kept * rate], 1))
+                self.pending.fill_(False).index_fill_(0, ended, True)
+            yield
+
+    def _slots(self) -> Slots:
+        """Of every lane its number and its draws so far; positions and statistics of the round."""
+        return self.lane, self.count, self.out_z, self.out
 
     def _compact(self, busy: Tensor) -> Tensor | None:
         """Leave out points and lanes that are done, where that makes the batch smaller by a quarter.
@@ -206,35 +244,35 @@ class Lanes:
         return lanes
 
     def _steps(self, step: StepSize) -> Tensor:
-        return step.log_step[self.rows].exp().repeat_interleave(len(self.lane) // len(self.rows))
+        steps = step.log_step[self.rows].exp().repeat_interleave(len(self.lane) // len(self.rows))
+        return steps * self.longer[self.lane % self.num_chains]
 
     def _uniforms(self) -> Tensor:
-        """(ticks + 1, L, 4) of the block that begins now, keyed by (seed, stream, point, tick)."""
-        parts = [
-            rng.random((TICKS_PER_BLOCK + 1, self.num_chains, 4))[:, chains]
-            for rng, chains in self._generators(self.ticks, 0)
-        ]
-        return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
+        """(ticks, L, 4) of the block that begins now, keyed by (seed, stream, point, tick)."""
+        return self._noise(self.ticks, 0, lambda rng, shape: rng.random(shape), TICKS_PER_BLOCK, 4)
 
     def _momenta(self) -> "Momenta":
-        begin = self.ticks  # not the tick at which some lane runs out: the others would feel it
+        begin = self.ticks
 
         def normals(chunk: int, number: int) -> Tensor:
-            shape = (number, self.num_chains, self.dim)
-            parts = [
-                rng.standard_normal(shape)[:, chains] for rng, chains in self._generators(begin, 1 + chunk)
-            ]
-            return torch.as_tensor(np.concatenate(parts, 1)).to(self.z)
+            return self._noise(
+                begin, 1 + chunk, lambda rng, shape: rng.standard_normal(shape), number, self.dim
+            )
 
         # To find out that more are needed would make an accelerator wait: there it starts with the most.
-        number = MOMENTA if self.z.device.type == "cpu" else TICKS_PER_BLOCK + 1
+        number = MOMENTA if self.z.device.type == "cpu" else TICKS_PER_BLOCK
         return Momenta(normals, number, len(self.lane))
 
-    def _generators(self, begin: int, key: int) -> Iterator[tuple[np.random.Generator, np.ndarray]]:
-        """Of every point: a generator for the block that began at that tick, and the chains that are left."""
+    def _noise(self, begin: int, key: int, draw: Draw, number: int, width: int) -> Tensor:
+        """(number, L, width): of every point by a generator of its own, for the block that began then."""
         table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
-        for point, chains in zip(self.coordinates.fit.points.tolist(), table, strict=True):
-            yield self.coordinates.task.generator(201, self.stream, point, begin, key), chains
+        out = np.empty((number, *table.shape, width))
+        task, points = self.coordinates.task, self.coordinates.fit.points.tolist()
+        for i, (point, chains) in enumerate(zip(points, table, strict=True)):
+            rng = task.generator(201, self.stream, point, begin, key)
+            # Of all chains, those that are left: what a lane sees is the same whoever has gone.
+            out[:, i] = draw(rng, (number, self.num_chains, width))[:, chains]
+        return torch.as_tensor(out).flatten(1, 2).to(self.z)
 
 
 class Momenta:
@@ -255,10 +293,14 @@ class Momenta:
         """The next of each of these lanes, (rows, D)."""
         at = self.used.index_select(0, rows)
         self.used.index_add_(0, rows, torch.ones_like(at))
-        while len(self.ready) <= TICKS_PER_BLOCK and len(at) and int(at.max()) >= len(self.ready):
-            self.ready = torch.cat([self.ready, self.normals(self.chunks, self.number)])
-            self.chunks += 1
+        while len(self.ready) < TICKS_PER_BLOCK and len(at) and int(at.max()) >= len(self.ready):
+            self.extend()
         return self.ready[at, rows]
+
+    def extend(self) -> None:
+        """Have more ready."""
+        self.ready = torch.cat([self.ready, self.normals(self.chunks, self.number)])
+        self.chunks += 1
 
 
 def trajectories(z: Tensor, values: Tensor, grad: Tensor, max_depth: int) -> Trajectories:

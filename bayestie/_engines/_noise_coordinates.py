@@ -1,17 +1,22 @@
 """NUTS coordinates of posteriors that are Gaussian given one unknown noise: a gradient is O(D)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bayestie._affine import AffineDensity
+from bayestie._engines._lanes import Momenta
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
+from bayestie._engines._trajectories import Trajectories
 from bayestie._noise_axes import AxesDensity, NoiseAxes
 
-ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from bayestie._engines._native_axes import NativeAxes, NativeTicks
+    from bayestie._engines._prior_table import PriorTable
+
 _REACH = 40.0  # sds of h about its mode that its prior is tabulated over
 
 
@@ -25,11 +30,11 @@ class NoiseCoordinates:
     centre: Tensor  # (P, D)
     width: Tensor  # (P, D)
     scale: Tensor  # (P, D), learned in the warmup
-    prior: ValueAndGrad | None = None  # of h, elementwise, where it is tabulated
+    prior: "PriorTable | None" = None  # of h, where ticks are compiled
 
     def __post_init__(self) -> None:
         self._width = self.width * self.scale
-        self._density = self._by_torch if self.prior is None else self._compiled(self.prior)
+        self._native = None if self.prior is None else self._compiled(self.prior)
 
     def take(self, index: Tensor) -> "NoiseCoordinates":
         """Some of the points."""
@@ -45,17 +50,25 @@ class NoiseCoordinates:
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `Coordinates.evaluate`."""
-        value, grad = self._density(z)
+        if self._native is not None:
+            value, grad = self._native.value_and_grad(z)
+        else:
+            value, grad = AxesDensity(self.axes).value_and_grad(self._at(z))
+            grad = grad * self._width.unsqueeze(1)
         return value, value, grad
 
-    def _by_torch(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = AxesDensity(self.axes).value_and_grad(self._at(z))
-        return value, grad * self._width.unsqueeze(1)
+    def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: Momenta) -> "NativeTicks | None":
+        """The ticks of a block, compiled on the CPU."""
+        if self._native is None:
+            return None
+        from bayestie._engines._native_axes import NativeTicks
 
-    def _compiled(self, prior: ValueAndGrad) -> ValueAndGrad:
-        from bayestie._engines._native_axes import native_density  # the compiler takes long to import
+        return NativeTicks(self._native, state, uniforms, momenta)
 
-        return native_density(AxesDensity(self.axes), self.centre, self._width, prior)
+    def _compiled(self, prior: "PriorTable") -> "NativeAxes":
+        from bayestie._engines._native_axes import NativeAxes  # the compiler takes long to import
+
+        return NativeAxes(AxesDensity(self.axes), self.centre, self._width, prior)
 
     def _at(self, z: Tensor) -> Tensor:
         return torch.addcmul(self.centre.unsqueeze(1), self._width.unsqueeze(1), z)

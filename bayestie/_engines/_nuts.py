@@ -1,6 +1,5 @@
 """NUTS at every point: warmup, then rounds of many short chains until R-hat and ESS are met."""
 
-import contextlib
 import math
 import threading
 import time
@@ -17,7 +16,7 @@ from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import MAX_RHAT, chain_verdict, draws_for_rhat, is_good, qualities
-from bayestie._workers import run_all, unsplit
+from bayestie._workers import run_all
 
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
 STEP_TRAJECTORIES = 96
@@ -28,6 +27,9 @@ BETTER = 0.8  # of the Fisher divergence of Laplace's axes: that of the latents 
 PROBE = 16  # draws that tell whether the Gaussian at the mode reaches too far
 FAR = 10.0  # times the median: the length of an axis that is looked into
 FALLEN = 0.6  # a Gaussian's log density falls by a half in one
+LONGER = (1.0, 1.2, 1.5, 1.9)  # times the tuned step: what is tried
+GAIN = 1.1  # of the tuned step's movement: what a longer one is to exceed
+LEAST_ACCEPTED = 0.65  # of a longer step
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 22  # times what is stored, at most
 _JUDGED = 5_000_000  # numbers judged together
@@ -97,6 +99,17 @@ def fisher_divergence(x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nan_to_num(gap.square().mean((1, 2)), nan=torch.inf), scale
 
 
+def _movement(found: Round) -> Tensor:
+    """How far a draw moves for a leapfrog, (P,): the less of 1 - autocorrelation of the coordinates and of
+    their squares, in the mean over coordinates."""
+    moved = []
+    for x in (found.z, found.z.square()):
+        spread = 2.0 * x.flatten(1, 2).var(1)
+        jump = x.diff(dim=2).square().mean((1, 2))
+        moved.append((jump / spread.clamp(min=1e-300)).mean(1))
+    return torch.minimum(*moved) / found.stats["n_steps"].mean((1, 2))
+
+
 class Stopped(Exception):
     """Another share of the lanes failed or was interrupted."""
 
@@ -131,14 +144,16 @@ class _Sampler:
         wanted = lanes // (num_points * self.task.num_chains)
         return max(1, min(wanted, self.task.num_draws // SHORTEST))
 
-    def _run(self, num_draws: int, adapt: bool, max_depth: int = MAX_DEPTH) -> Round:
-        """``num_draws`` trajectories in every chain of the points still going, a thread to every share."""
+    def _run(
+        self, num_draws: int, adapt: bool, max_depth: int = MAX_DEPTH, longer: Tensor | None = None
+    ) -> Round:
+        """``num_draws`` trajectories in every chain of the points still going, a thread to every share.
+
+        ``longer`` (C,) are times the steps of a point that its chains take.
+        """
         self.stream += 1
         density, count = self.task.density, len(self.points)
-        # Where a gradient is a few elementwise operations, threads would wait for the interpreter, and an
-        # operation that is split takes longer than one that is not.
-        short = isinstance(self.at, NoiseCoordinates)
-        shares = min(count, torch.get_num_threads()) if density.is_threadable and not short else 1
+        shares = min(count, torch.get_num_threads()) if density.is_threadable else 1
         done, stop = [0] * shares, threading.Event()
 
         def share(number: int, rows: Tensor) -> tuple[Round, Lanes]:
@@ -150,13 +165,13 @@ class _Sampler:
                 stage = "nuts warmup" if adapt else "nuts"
                 self.task.progress({"stage": stage, "draws_done": sum(done), "draws_total": total})
 
-            lanes = Lanes(self.at.take(rows), self.z[rows], rows, self.stream, report)
+            lanes = Lanes(self.at.take(rows), self.z[rows], rows, self.stream, report, longer)
             return lanes.run(num_draws, self.step, adapt, max_depth), lanes
 
         rows = torch.arange(count, device=self.points.device)
         # Neighbours in strength want trees of a kind: dealt out in turn, shares end together.
         parts = [rows[i::shares] for i in range(shares)]
-        with self.task.program.quiet(), unsplit() if short else contextlib.nullcontext():
+        with self.task.program.quiet():
             found = run_all([partial(share, i, part) for i, part in enumerate(parts)], on_error=stop.set)
         order = torch.argsort(torch.cat(parts))
         for _, lanes in found:
@@ -182,6 +197,27 @@ class _Sampler:
         self.step.restart(self.num_chains)
         self._run(short, adapt=True)
         self.step.finish()
+        if self.num_chains >= len(LONGER):
+            self._choose_step(2 * short)
+
+    def _choose_step(self, num_draws: int) -> None:
+        """The tuned step, or one of `LONGER` where draws move further for a leapfrog.
+
+        Trees double: the step of the acceptance asked for may take twice the leapfrogs of one that is hardly
+        longer, which ends its trees a doubling sooner.
+        """
+        which = torch.arange(self.num_chains, device=self.points.device) % len(LONGER)
+        longer = torch.tensor(LONGER).to(self.z)
+        result = self._run(num_draws, adapt=False, longer=longer[which])
+        gains = []
+        for i in range(len(LONGER)):
+            chains = which == i
+            trial = Round(result.z[:, chains], {n: x[:, chains] for n, x in result.stats.items()})
+            accepted = trial.stats["acceptance_rate"].mean((1, 2)) >= LEAST_ACCEPTED
+            sound = accepted & ~(trial.stats["diverging"] > 0).any(2).any(1)
+            gains.append(torch.where(sound, _movement(trial), 0.0))
+        gains[0] *= GAIN
+        self.step.log_step = self.step.log_step + longer.log()[torch.stack(gains).argmax(0)]
 
     def _choose_metric(self, z: Tensor) -> bool:
         """Take latents by themselves, each in its own scale, where Laplace's axes suit the draws less.
@@ -213,10 +249,12 @@ class _Sampler:
         return True
 
     def _learn_scale(self, z: Tensor) -> None:
-        count = z.shape[1] * z.shape[2]
-        sd = z.flatten(1, 2).std(1)
+        draws = z.flatten(1, 2)
+        count = draws.shape[1]
+        _, scale = fisher_divergence(draws, self.at.evaluate(draws)[2])
+        scale = torch.where(torch.isfinite(scale), scale, 1.0)
         # Shrunk towards the Laplace scale as Stan shrinks its variances towards a constant.
-        ratio = ((count * sd.square() + 10.0) / (count + 10.0)).sqrt()
+        ratio = ((count * scale.square() + 10.0) / (count + 10.0)).sqrt()
         self.at = replace(self.at, scale=self.at.scale * ratio)
         self.z = self.z / ratio.unsqueeze(1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayestie._engines import _kernels
+from bayestie._engines import _axes_kernels
 from bayestie._latent_scale import value_and_slope
 
 _CELLS = 1 << 15
@@ -35,9 +35,18 @@ class PriorTable:
     def __call__(self, h: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_good and bool((h > self.low).all()) and bool((h < self.high).all()):
             return self._from_table(h)
+        return self.exactly(h)
+
+    def exactly(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """By the function, wherever h is."""
         return value_and_slope(self.function, h)
+
+    @property
+    def within(self) -> tuple[float, float]:
+        """Where the table serves: between these, (0, 0) if nowhere."""
+        return (self.low, self.high) if self.is_good else (0.0, 0.0)
 
     def _from_table(self, h: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = np.empty(h.shape), np.empty(h.shape)
-        _kernels.interpolate(h.numpy(), self.low, self.step, self.table, value, slope)
+        _axes_kernels.interpolate(h.numpy(), self.low, self.step, self.table, value, slope)
         return torch.from_numpy(value), torch.from_numpy(slope)
