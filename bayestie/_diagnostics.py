@@ -7,6 +7,7 @@ the same formulas run here batched, and tests hold the two together.
 """
 
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,18 +20,26 @@ _TAILS = (0.05, 0.95)
 _TOGETHER = 1 << 18  # numbers diagnosed together: what a core's cache holds
 
 
-def convergence(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank-normalised split R-hat (the larger of bulk and folded), bulk ESS, tail ESS of the worse quantile.
+class Convergence(NamedTuple):
+    """Of quantities (..., Q): rank-normalised split R-hat (the larger of bulk and folded), bulk ESS, tail ESS
+    of the worse quantile, and whether they vary at all."""
 
-    (chains, draws, Q) -> (Q,) each.
-    """
-    width = max(1, _TOGETHER // max(1, draws.shape[0] * draws.shape[1]))
-    parts = draws.split(width, 2)
-    rhat, bulk, tail = zip(*run_all([partial(_convergence, part) for part in parts]), strict=True)
-    return torch.cat(rhat), torch.cat(bulk), torch.cat(tail)
+    rhat: Tensor
+    ess_bulk: Tensor
+    ess_tail: Tensor
+    varies: Tensor
 
 
-def _convergence(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def convergence(draws: Tensor) -> Convergence:
+    """(..., chains, draws, Q) -> (..., Q)."""
+    lead, (chains, length, columns) = draws.shape[:-3], draws.shape[-3:]
+    width = max(1, _TOGETHER // max(1, chains * length))
+    parts = [part for one in draws.reshape(-1, chains, length, columns) for part in one.split(width, 2)]
+    found = zip(*run_all([partial(_convergence, part) for part in parts]), strict=True)
+    return Convergence(*(torch.cat(each).reshape(*lead, columns) for each in found))
+
+
+def _convergence(draws: Tensor) -> Convergence:
     # Here, because the compiler takes half a second to import and `laplace` needs none of it.
     from bayestie._diagnostics_kernels import convergence as kernel
 
@@ -49,8 +58,10 @@ def _convergence(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cuts = below + (at - low) * (above - below)
     found = np.empty((len(flat), 3))
     kernel(flat, order, cuts, _normal_scores(flat.shape[1]), split.shape[1], found)
+    least, greatest = (np.take_along_axis(flat, order[:, i : i + 1], 1)[:, 0] for i in (0, flat.shape[1] - 1))
+    varies = torch.from_numpy(greatest > least).to(draws.device)
     rhat, bulk, tail = torch.from_numpy(found).to(draws).unbind(1)
-    return rhat, bulk, tail
+    return Convergence(rhat, bulk, tail, varies)
 
 
 @lru_cache(maxsize=8)

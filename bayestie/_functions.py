@@ -56,10 +56,11 @@ def diagnose(path: xr.DataTree, **functions: Callable[[xr.Dataset], xr.DataArray
         rest = [dim for dim in values.dims if dim not in ("chain", "draw")]
         ordered = values.transpose("chain", "draw", *rest)
         flat = torch.as_tensor(np.ascontiguousarray(ordered.values.reshape(*ordered.shape[:2], -1)))
-        found = zip(("rhat", "ess_bulk", "ess_tail"), convergence(flat.double()), strict=True)
+        found = convergence(flat.double())._asdict()
+        del found["varies"]
         shape = ordered.shape[2:]
         nodes[f"/{name}"] = xr.Dataset(
-            {key: (rest, x.numpy().reshape(shape)) for key, x in found},
+            {key: (rest, x.numpy().reshape(shape)) for key, x in found.items()},
             coords={dim: values.coords[dim] for dim in rest if dim in values.coords},
         ).transpose(*[dim for dim in swept if dim in rest], ...)
     return xr.DataTree.from_dict(nodes)

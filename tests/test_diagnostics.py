@@ -50,7 +50,7 @@ SHAPES = [(4, 100), (4, 101), (2, 33), (3, 250), (1, 64)]
 def test_equal_to_arviz(kind, shape):
     draws = chains(kind, *shape)
     tensor = torch.as_tensor(draws)
-    rhat, bulk, tail = convergence(tensor)
+    rhat, bulk, tail, _ = convergence(tensor)
     for i in range(draws.shape[-1]):
         one = draws[..., i]
         if shape[0] > 1:
@@ -61,8 +61,8 @@ def test_equal_to_arviz(kind, shape):
 
 
 def test_a_constant_counts_every_draw():
-    _, bulk, tail = convergence(torch.ones(4, 50, 1, dtype=torch.float64))
-    assert bulk.tolist() == tail.tolist() == [200.0]
+    _, bulk, tail, varies = convergence(torch.ones(4, 50, 1, dtype=torch.float64))
+    assert bulk.tolist() == tail.tolist() == [200.0] and not bool(varies)
 
 
 @pytest.mark.parametrize(("columns", "chains"), [(5, 4), (60, 4), (20, 2)])

@@ -22,7 +22,7 @@ from bayestie._workers import run_all
 STEP_TRAJECTORIES = 96
 METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain gives at least 16
 SHORTEST = 50  # draws of a short chain in a round, at least
-EFFICIENCY = 0.55  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
+EFFICIENCY = 0.5  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 BETTER = 0.8  # of the Fisher divergence of Laplace's axes: that of the latents is to be below
 PROBE = 16  # draws that tell whether the Gaussian at the mode reaches too far
 FAR = 10.0  # times the median: the length of an axis that is looked into

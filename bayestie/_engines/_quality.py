@@ -1,6 +1,5 @@
 """When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
 
-import torch
 from scipy.stats import chi2
 from torch import Tensor
 
@@ -17,15 +16,9 @@ def quality(draws: Tensor) -> tuple[float, float, float]:
 
 def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
     """`quality` of every point of (P, chains, draws, Q)."""
-    num_points, _, _, columns = draws.shape
-    joined = draws.permute(1, 2, 0, 3).flatten(2)
-    moving = joined.amax((0, 1)) > joined.amin((0, 1))
-    measured = torch.full((3, num_points * columns), torch.nan, dtype=draws.dtype, device=draws.device)
-    if bool(moving.any()):
-        measured[:, moving] = torch.stack(convergence(joined[..., moving]))
+    measured = convergence(draws)
     found = []
-    for rhat, bulk, tail in measured.reshape(3, num_points, columns).unbind(1):
-        held = ~torch.isnan(bulk)
+    for rhat, bulk, tail, held in zip(*measured, strict=True):
         if bool(held.any()):
             found.append((float(rhat[held].max()), float(bulk[held].min()), float(tail[held].min())))
         else:
