@@ -54,9 +54,19 @@ def random_model(seed: int) -> tuple[str, Callable[..., None], Any]:
     form: Any = rng.choice(["level"] if tie.anchored else ["level", "matched", *copies])
     covariate = torch.as_tensor(rng.standard_normal((each, tie.num_copies))) if rng.random() < 0.5 else None
     model = partial(_model, tie=tie, form=form, family=family, each=each, covariate=covariate)
-    slope = "" if covariate is None else ", slope"
+    learned = rng.random() < 0.25
+    if learned:
+        model = partial(_with_unknown_strength, model=model)
+    slope = ("" if covariate is None else ", slope") + (", strength unknown" if learned else "")
     what = f"{family}, {kind} of {tie.num_copies}, form {form}, {each} each{slope}, sigma {sigma:.3g}"
     return what, model, sigma
+
+
+def _with_unknown_strength(y: Any, *, sigma: Any, model: Callable[..., None]) -> None:
+    import pyro
+    import pyro.distributions as dist
+
+    model(y, sigma=sigma * pyro.sample("strength", dist.LogNormal(0.0, 0.5)))
 
 
 def _model(y: Any, *, sigma: Any, tie: Any, form: Any, family: str, each: int, covariate: Any) -> None:

@@ -68,3 +68,26 @@ def test_a_ring_of_modes_is_walked():
     assert (abs(w.mean(0)) < 0.4).all() and (w.std(0) > 0.5).all()
     counts = torch.histc(angle, 4, -torch.pi, torch.pi)
     assert counts.min() > 20
+
+
+def test_chains_that_begin_at_two_modes_and_stay_apart_are_not_certified():
+    # Weights of a net with one hidden unit: (w, v) and (-w, -v) are the same function, and neither leaves.
+    def product():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(w[0] * w[1], 0.05), obs=torch.tensor(1.0))
+
+    tree = bt.fit(product, seed=1, num_draws=250)
+    assert not bool(tree["sweep"].certified) and "R-hat" in str(tree["sweep"].reason.values)
+    sides = tree.posterior["w"].values[..., 0].mean(1)
+    assert (sides > 0.5).sum() == (sides < -0.5).sum() == 2
+
+
+def test_two_modes_that_chains_go_between_are_certified():
+    def two():
+        w = pyro.sample("w", dist.Normal(0.0, 1.5))
+        pyro.sample("y", dist.Normal(w.square(), 1.0), obs=torch.tensor(1.5))
+
+    tree = bt.fit(two, seed=1)
+    assert bool(tree["sweep"].certified), tree["sweep"].reason.values
+    assert str(tree["sweep"].engine.values) == "nuts"
+    assert abs(float(tree.posterior["w"].mean())) < 0.1

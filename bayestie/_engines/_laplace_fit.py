@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,8 @@ _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
 class LaplaceFit:
     """A Gaussian at each point: u = mode + factor z, z standard normal.
 
-    Shapes: mode (P, D), factor (P, D, D), log_det (P,) of the factor, converged (P,), num_modes (P,).
+    Shapes: mode and other_mode (P, D), factor (P, D, D), log_det (P,) of the factor, converged (P,),
+    num_modes (P,). Where there is another mode, ``other_mode`` is one or near it, elsewhere the mode itself.
     """
 
     points: Tensor
@@ -26,9 +28,10 @@ class LaplaceFit:
     log_det: Tensor
     converged: Tensor
     num_modes: Tensor
+    other_mode: Tensor
 
     def take(self, index: Tensor) -> "LaplaceFit":
-        fields = ("points", "mode", "factor", "log_det", "converged", "num_modes")
+        fields = ("points", "mode", "factor", "log_det", "converged", "num_modes", "other_mode")
         return LaplaceFit(*(getattr(self, name)[index] for name in fields))
 
     def to_position(self, z: Tensor) -> Tensor:
@@ -66,14 +69,15 @@ def fit_laplace(task: Task, points: Tensor, start: Tensor | None = None, *, only
         centre, covariance, num_modes, found = axes.take(points).gaussian()
         factor, info = torch.linalg.cholesky_ex(covariance)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return LaplaceFit(points, centre, factor, log_det, found & (info == 0), num_modes)
+        return LaplaceFit(points, centre, factor, log_det, found & (info == 0), num_modes, centre)
     start = task.normals((len(points), dim), 101) * 1e-3 if start is None else start
     mode, value, converged = _newton(task, points, start)
     num_modes = torch.ones(len(points), dtype=torch.long, device=points.device)
+    other = mode
     if not (only or _is_log_concave(task)):
-        mode, value, converged, num_modes = _other_starts(task, points, mode, value, converged, num_modes)
+        mode, converged, num_modes, other = _other_starts(task, points, mode, value, converged, num_modes)
     factor, log_det, positive = _covariance_factor(-density.hessian(points, mode))
-    return LaplaceFit(points, mode, factor, log_det, converged & positive, num_modes)
+    return LaplaceFit(points, mode, factor, log_det, converged & positive, num_modes, other)
 
 
 def _is_log_concave(task: Task) -> bool:
@@ -92,25 +96,29 @@ def _is_log_concave(task: Task) -> bool:
 def _other_starts(
     task: Task, points: Tensor, mode: Tensor, value: Tensor, converged: Tensor, num_modes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Newton from two random starts at up to four points spread over the sweep."""
+    """Newton from random starts at up to four points spread over the sweep: two at each, eight of few."""
     count = len(points)
     chosen = torch.unique(torch.linspace(0, count - 1, min(count, 4)).round().long()).to(points.device)
-    for attempt in range(2):
-        start = torch.as_tensor(
-            task.generator(102, attempt).uniform(-2.0, 2.0, (len(chosen), mode.shape[1])),
-            dtype=mode.dtype,
-            device=mode.device,
-        )
-        found, found_value, found_converged = _newton(task, points[chosen], start)
-        apart = (found - mode[chosen]).abs().amax(-1) > 1e-3 * (1.0 + mode[chosen].abs().amax(-1))
-        other = found_converged & converged[chosen] & apart
+    attempts = 8 // len(chosen)
+    starts = [
+        task.generator(102, i).uniform(-2.0, 2.0, (len(chosen), mode.shape[1])) for i in range(attempts)
+    ]
+    found = _newton(task, points[chosen.repeat(attempts)], torch.as_tensor(np.concatenate(starts)).to(mode))
+    second = torch.full_like(mode, torch.nan)
+    for position, its_value, its_end in zip(*(x.split(len(chosen)) for x in found), strict=True):
+        apart = (position - mode[chosen]).abs().amax(-1) > 1e-3 * (1.0 + mode[chosen].abs().amax(-1))
+        other = its_end & converged[chosen] & apart
         num_modes[chosen] += other.long()
-        better = found_converged & (~converged[chosen] | (found_value > value[chosen] + 1e-6))
+        better = its_end & (~converged[chosen] | (its_value > value[chosen] + 1e-6))
+        second[chosen[other]] = torch.where(better.unsqueeze(1), mode[chosen], position)[other]
         index = chosen[better]
-        mode[index], value[index], converged[index] = found[better], found_value[better], True
-    if bool((num_modes > 1).any()):
-        num_modes = num_modes.clamp(min=2)  # one point with two modes: doubt all
-    return mode, value, converged, num_modes
+        mode[index], value[index], converged[index] = position[better], its_value[better], True
+    two = torch.nonzero(num_modes > 1).squeeze(1)
+    if not len(two):
+        return mode, converged, num_modes, mode
+    # One point with two modes: doubt all.
+    nearest = two[(torch.arange(count, device=two.device).unsqueeze(1) - two).abs().argmin(1)]
+    return mode, converged, num_modes.clamp(min=2), second[nearest]
 
 
 def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:

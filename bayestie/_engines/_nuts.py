@@ -1,5 +1,6 @@
 """NUTS at every point: warmup, then rounds of many short chains until R-hat and ESS are met."""
 
+import copy
 import math
 import threading
 import time
@@ -30,18 +31,44 @@ FALLEN = 0.6  # a Gaussian's log density falls by a half in one
 LONGER = (1.0, 1.2, 1.5, 1.9)  # times the tuned step: what is tried
 GAIN = 1.1  # of the tuned step's movement: what a longer one is to exceed
 LEAST_ACCEPTED = 0.65  # of a longer step
+HALVINGS = 2  # of the step where trajectories diverge
+APART = 1.5  # R-hat of chains that do not meet
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
 MAX_TOTAL = 22  # times what is stored, at most
 _JUDGED = 5_000_000  # numbers judged together
 
 
 def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = None) -> Draws:
-    """Draws at ``points`` (all by default): warmup, then rounds until R-hat and ESS are met."""
+    """Draws at ``points`` (all by default): warmup, then rounds until R-hat and ESS are met.
+
+    Points that mix but diverge are drawn from again with half the step, as long as that helps.
+    """
     points = task.points if points is None else points
     fit = fit_laplace(task, points) if fit is None else fit
     sampler = _Sampler(task, points, fit)
     sampler.warm_up()
-    return sampler.sample()
+    draws, rows = sampler.sample(), list(range(len(points)))
+    for halving in range(1, HALVINGS + 1):
+        rows = [
+            i
+            for i in rows
+            if not draws.certified[i] and is_good(tuple(draws.quality[i].tolist()), task.target_ess)
+        ]
+        if not rows:
+            break
+        before = draws.divergences[rows].tolist()
+        try:
+            draws.replace(sampler.again(rows, 0.5**halving).sample())
+        except Interrupted as interrupted:
+            draws.replace(interrupted.draws)
+            raise Interrupted(draws) from interrupted
+        rows = [i for i, count in zip(rows, before, strict=True) if draws.divergences[i] < 0.5 * count]
+    return draws
+
+
+def _is_mixed(draws: Draws, i: int, target_ess: float) -> bool:
+    rhat, bulk, tail = draws.quality[i].tolist()
+    return is_good((rhat, bulk, tail), target_ess)
 
 
 def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
@@ -51,7 +78,10 @@ def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
     fit = believable(task, fit)
     # The density's own axes suit a diagonal metric, and maps along them, better than any others.
     oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
-    return Coordinates(task, oriented, torch.ones_like(fit.mode), axis_map(task, oriented))
+    several = bool((fit.num_modes > 1).any())  # maps are laid along the axes of one mode
+    return Coordinates(
+        task, oriented, torch.ones_like(fit.mode), None if several else axis_map(task, oriented)
+    )
 
 
 def believable(task: Task, fit: LaplaceFit) -> LaplaceFit:
@@ -134,6 +164,13 @@ class _Sampler:
         starts = [task.normals((dim,), 202, int(p), c) for p in points for c in range(task.num_chains)]
         self.z = 1.3 * torch.stack(starts).repeat_interleave(self.pieces, 0)
         self.z = self.z.reshape(len(points), self.num_chains, dim)
+        # Where there are two modes, half of the stored chains begin at the other: one that stays alone at a
+        # mode would know nothing of the other's mass.
+        chains = torch.arange(self.num_chains, device=self.z.device)
+        self.group = chains // self.pieces % 2 * int(bool((fit.num_modes > 1).any()))
+        if bool(self.group.any()) and isinstance(self.at, Coordinates):
+            away = torch.linalg.solve(self.at.fit.factor, (fit.other_mode - fit.mode).unsqueeze(-1)).mT
+            self.z += away * self.group.unsqueeze(1)
         self.step = StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(fit.mode))
         self.useful = self.executed = 0
         self.stream = 0
@@ -231,8 +268,8 @@ class _Sampler:
         position = at.to_position(draws)
         _, slope = self.task.density.value_and_grad(self.points, position)
         _, _, own_slope = at.evaluate(draws)
-        ours, _ = fisher_divergence(draws, own_slope)
-        plain, scale = fisher_divergence(position, slope)
+        ours, _ = fisher_divergence(self._about_modes(draws), own_slope)
+        plain, scale = fisher_divergence(self._about_modes(position), slope)
         chosen = plain < BETTER * ours
         if not bool(chosen.any()):
             return False
@@ -248,10 +285,20 @@ class _Sampler:
         self.step.log_step = torch.where(chosen, restarted, self.step.log_step)
         return True
 
+    def _about_modes(self, draws: Tensor) -> Tensor:
+        """Draws (P, C n, D) about the mean of those that began at the same mode."""
+        chains = draws.unflatten(1, (self.num_chains, -1))
+        centred = chains.clone()
+        for group in (0, 1):
+            of_group = self.group == group
+            if bool(of_group.any()):
+                centred[:, of_group] -= chains[:, of_group].mean((1, 2), keepdim=True)
+        return centred.flatten(1, 2)
+
     def _learn_scale(self, z: Tensor) -> None:
         draws = z.flatten(1, 2)
         count = draws.shape[1]
-        _, scale = fisher_divergence(draws, self.at.evaluate(draws)[2])
+        _, scale = fisher_divergence(self._about_modes(draws), self.at.evaluate(draws)[2])
         scale = torch.where(torch.isfinite(scale), scale, 1.0)
         # Shrunk towards the Laplace scale as Stan shrinks its variances towards a constant.
         ratio = ((count * scale.square() + 10.0) / (count + 10.0)).sqrt()
@@ -266,6 +313,7 @@ class _Sampler:
         draws may be from before it settled: the newer half is judged alone.
         """
         count = len(self.points)
+        self.begun = (self.points, self.at, self.z, self.step.log_step)
         self.kept: list[list[tuple[Tensor, dict[str, Tensor]]]] = [[] for _ in range(count)]
         self.quality = [(float("inf"), 0.0, 0.0)] * count
         self.all_points = self.points
@@ -285,6 +333,14 @@ class _Sampler:
             good = [i for i in range(count) if is_good(self.quality[i], self.task.target_ess)]
             raise Interrupted(self._draws(good)) from interrupt
         return self._draws(list(range(count)))
+
+    def again(self, rows: list[int], factor: float) -> "_Sampler":
+        """The sampler before it drew, of some of its points, with ``factor`` times their steps."""
+        other, index = copy.copy(self), torch.tensor(rows, device=self.z.device)
+        points, at, z, log_step = self.begun
+        other.points, other.at, other.z = points[index], at.take(index), z[index]
+        other.step, other.begin = StepSize(log_step[index].exp() * factor), time.perf_counter()
+        return other
 
     def _planned(self) -> float:
         """Draws per stored chain that R-hat of all quantities should need."""
@@ -310,7 +366,7 @@ class _Sampler:
             self.kept[i].append((position[row], {name: x[row] for name, x in result.stats.items()}))
         self._judge(active)
         good = [is_good(self.quality[i], self.task.target_ess) for i in active.tolist()]
-        still = [row for row, ok in enumerate(good) if not ok]
+        still = [row for row, ok in enumerate(good) if not ok and not self._apart(active.tolist()[row])]
         count = len(self.all_points)
         self.task.progress(
             {
@@ -322,6 +378,10 @@ class _Sampler:
             }
         )
         return torch.tensor(still, dtype=torch.long, device=self.points.device)
+
+    def _apart(self, i: int) -> bool:
+        """Whether chains that began at two modes show no sign of meeting: more draws would tell nothing."""
+        return bool(self.group.any()) and self.quality[i][0] > APART
 
     def _judge(self, active: Tensor) -> None:
         """Quality of all draws of the active points, or of the newer half where that alone is good."""
@@ -371,6 +431,10 @@ class _Sampler:
             stats.append({name: x[:, thinned] for name, x in joined.items()})
             total = joined["diverging"].numel()
             ok, reason = chain_verdict(self.quality[i], divergences, total, task.target_ess)
+            if self._apart(i):
+                reason = (
+                    f"chains that began at two modes stay apart (functions of the draws may not): {reason}"
+                )
             certified.append(ok)
             reasons.append(reason)
             total_divergences.append(divergences)
