@@ -271,8 +271,7 @@ class Assembly:
         lp = draws.log_density.cpu().numpy()
         stats = {"lp": lp}
         if gaussian is not None:
-            flat = draws.position.flatten(1, 2)
-            stats["laplace_log_density"] = gaussian.log_density(flat).reshape(lp.shape).cpu().numpy()
+            stats["laplace_log_density"] = _laplace_log_density(draws, gaussian).cpu().numpy()
         for name, neutral in SAMPLE_STATS.items():
             found = draws.stats.get(name)
             kind = type(neutral) if not isinstance(neutral, int) or isinstance(neutral, bool) else np.int64
@@ -474,3 +473,16 @@ def _describe_base(base: Any) -> dict[str, Any]:
         text += f"({float(loc.flatten()[0]):g}, {float(scale.flatten()[0]):g})" if one else "(...)"
         return {"base": text, "base_loc": loc.tolist(), "base_scale": scale.tolist()}
     return {"base": text}
+
+
+def _laplace_log_density(draws: Draws, gaussian: LaplaceProposal) -> Tensor:
+    """Of all draws, the log density of the Laplace engine's proposal: known where they come from it."""
+    found = draws.stats["log_proposal"].clone()
+    known = torch.isfinite(found).all(2).all(1) & torch.tensor([e == "laplace" for e in draws.engine]).to(
+        found.device
+    )
+    index = torch.nonzero(~known).squeeze(1)
+    if len(index):
+        flat = draws.position[index].flatten(1, 2)
+        found[index] = gaussian.take(index).log_density(flat).reshape(found[index].shape)
+    return found

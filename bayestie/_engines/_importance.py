@@ -137,7 +137,7 @@ class ImportancePool:
         *,
         always_resample: bool = True,
     ) -> Draws:
-        """Equal-weight draws at every point.
+        """Equal-weight draws at every point; the pools' own positions are given up.
 
         Args:
             engine: name to record.
@@ -148,7 +148,9 @@ class ImportancePool:
         """
         task, count = self.task, len(self.points)
         shape = (task.num_chains, task.num_draws)
-        positions, values, certified, reasons, evidence, errors, ess = [], [], [], [], [], [], []
+        values, proposed = [], []
+        positions = self.position[0].new_empty(count, *shape, self.position[0].shape[1])
+        certified, reasons, evidence, errors, ess = [], [], [], [], []
         distinct: list[float] = []
         for i in range(count):
             exact = bool(self.exact[i])
@@ -159,8 +161,10 @@ class ImportancePool:
             # posterior: what they are worth is left to the weights.
             kish = self.wanted**2 / float(torch.bincount(row).double().square().sum())
             distinct.append(math.nan if plain and not exact else kish)
-            positions.append(self.position[i][row].reshape(*shape, -1))
+            positions[i] = self.position[i][row].reshape(positions.shape[1:])
+            self.position[i] = self.position[i][:0].clone()
             values.append(self.value[i][row].reshape(shape))
+            proposed.append((self.value[i] - self.log_weight[i])[row].reshape(shape))
             log_weight = self.log_weight[i]
             mean = torch.logsumexp(log_weight, 0) - math.log(len(log_weight))
             relative = torch.exp(log_weight - mean)
@@ -172,7 +176,7 @@ class ImportancePool:
         worth = torch.tensor(distinct, dtype=torch.float64)
         return Draws(
             points=self.points,
-            position=torch.stack(positions),
+            position=positions,
             log_density=torch.stack(values),
             engine=[engine] * count,
             certified=certified,
@@ -184,6 +188,7 @@ class ImportancePool:
             log_evidence_error=torch.stack(errors),
             quality=torch.stack([worth / worth, worth, worth], 1),
             seconds=torch.full((count,), seconds / count, dtype=torch.float64),
+            stats={"log_proposal": torch.stack(proposed)},
         )
 
     def first(self) -> dict[str, Tensor]:

@@ -49,11 +49,7 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
     sampler.warm_up()
     draws, rows = sampler.sample(), list(range(len(points)))
     for halving in range(1, HALVINGS + 1):
-        rows = [
-            i
-            for i in rows
-            if not draws.certified[i] and is_good(tuple(draws.quality[i].tolist()), task.target_ess)
-        ]
+        rows = [i for i in rows if not draws.certified[i] and _is_mixed(draws, i, task.target_ess)]
         if not rows:
             break
         before = draws.divergences[rows].tolist()
