@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bayestie import _transforms as transforms
+from bayestie._workers import eigh
 
 
 @contextmanager
@@ -378,7 +379,7 @@ class Graph(Sized):
             weights = self.raw_weights()
             laplacian[i, j] = laplacian[j, i] = -weights
             laplacian.diagonal().copy_(-laplacian.sum(-1))
-            values, vectors = torch.linalg.eigh(laplacian)
+            values, vectors = (part.squeeze(0) for part in eigh(laplacian.unsqueeze(0)))
             # Connected, so exactly the first eigenvalue is zero; centring keeps U^T 1 = 0 to rounding.
             vectors = vectors[:, 1:]
             return values[1:], vectors - vectors.mean(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayestie._latent_scale import LatentScale, value_and_slope
 from bayestie._quadratic import Quadratic
+from bayestie._workers import eigh
 
 # How far, in logs, from the noise that residuals about the prior's mean say its mode is looked for.
 WIDEST = 12.0
@@ -131,7 +132,7 @@ def find_noise_axes(scale: LatentScale, quadratic: Quadratic) -> NoiseAxes | Non
     # Whitened by the prior, then turned to the eigenvectors of what the data add.
     half = torch.linalg.solve_triangular(factor, data, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    eigenvalues, vectors = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
+    eigenvalues, vectors = eigh(0.5 * (whitened + whitened.mT))
     to_latent = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
     axes = NoiseAxes(
         scale=scale,

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -176,14 +176,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     console = Console()
     with ExitStack() as stack, (given.out / "certification.jsonl").open("a") as lines:
-        each: Any = map
-        if given.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            each = stack.enter_context(ProcessPoolExecutor(given.workers, mp_context=context)).map
-        for seed, result in zip(seeds, each(judge, seeds), strict=True):
+
+        def done(seed: int, result: dict[str, Any]) -> None:
             results.append({"seed": seed, **result})
             lines.write(json.dumps(results[-1]) + "\n")  # an interrupt loses nothing that is done
             lines.flush()
+
+        if given.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(given.workers, mp_context=context))
+            running = {pool.submit(judge, seed): seed for seed in seeds}
+            for future in as_completed(running):
+                done(running[future], future.result())
+        else:
+            for seed in seeds:
+                done(seed, judge(seed))
+    results.sort(key=lambda r: r["seed"])
     sure = [r for r in results if r["certified"]]
     compared = [r for r in sure if r["long_certified"]]
     count = sum(r["comparisons"] for r in compared)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bayestie as bt
+from bayestie._engines import _nuts
 from bayestie._engines._nuts import fisher_divergence
 
 
@@ -91,3 +92,28 @@ def test_two_modes_that_chains_go_between_are_certified():
     assert bool(tree["sweep"].certified), tree["sweep"].reason.values
     assert str(tree["sweep"].engine.values) == "nuts"
     assert abs(float(tree.posterior["w"].mean())) < 0.1
+
+
+def test_a_density_without_a_mode_is_not_walked_in_steps_of_its_spike(monkeypatch):
+    # As many unknowns as observations: density without bound where the noise vanishes, next to no mass there.
+    y = torch.tensor([0.3, -0.4, 0.8, 0.1])
+    x = torch.tensor([0.5, -1.0, 0.2, 1.5])
+
+    def line(y):
+        strength = pyro.sample("strength", dist.LogNormal(0.0, 0.5))
+        theta = bt.tied("theta", bt.Tie.grid(2, 2), strength, dist.Normal(0.0, 1.0), form="copies")
+        slope, noise = pyro.sample("slope", dist.Normal(0.0, 1.0)), pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("row", 4):
+            pyro.sample("y", dist.Normal(theta + slope * x, noise), obs=y)
+
+    begun = []
+
+    def believable(task, fit):
+        begun.append(fit)
+        raise KeyboardInterrupt  # where the sampler begins is all that is looked at
+
+    monkeypatch.setattr(_nuts, "believable", believable)
+    with pytest.raises(KeyboardInterrupt):
+        bt.fit(line, y, engine="nuts", seed=1)
+    assert not bool(begun[0].converged)
+    assert float(begun[0].mode.abs().max()) == 0.0 and float(begun[0].log_det) == 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayestie._affine import AffineDensity
 from bayestie._engines._protocol import Task
+from bayestie._workers import eigh
 
 MAX_ITERATIONS = 100
 _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
@@ -189,7 +190,7 @@ def _covariance_factor(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     upper, info = torch.linalg.cholesky_ex(symmetric.flip(-1, -2))
     positive = (info == 0) & finite
     if not bool(positive.all()):
-        eigenvalues, vectors = torch.linalg.eigh(symmetric)
+        eigenvalues, vectors = eigh(symmetric)
         floor = 1e-6 * eigenvalues.abs().amax(-1, keepdim=True).clamp(min=1e-12)
         repaired = (vectors * eigenvalues.abs().clamp(min=floor).unsqueeze(-2)) @ vectors.mT
         upper = torch.where(

@@ -71,13 +71,35 @@ def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
     found = noise_coordinates(task, fit)
     if found is not None:
         return found
-    fit = believable(task, fit)
+    fit = believable(task, grounded(task, fit))
     # The density's own axes suit a diagonal metric, and maps along them, better than any others.
     oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
     several = bool((fit.num_modes > 1).any())  # maps are laid along the axes of one mode
     return Coordinates(
         task, oriented, torch.ones_like(fit.mode), None if several else axis_map(task, oriented)
     )
+
+
+def grounded(task: Task, fit: LaplaceFit) -> LaplaceFit:
+    """The fit; where no mode was found, the standard normal at the origin if that is nearer the posterior.
+
+    The joint density of a hierarchical model need have no mode: it grows without bound where residuals, or
+    deviations with their scale, can vanish, however little mass there is, and Newton's method climbs that
+    spike until its lengths are a millionth of the posterior's. Nearer is: of greater ELBO.
+    """
+    rows = torch.nonzero(~fit.converged).squeeze(1)
+    if not len(rows):
+        return fit
+    some, dim = fit.take(rows), fit.mode.shape[1]
+    noise = torch.stack([task.normals((PROBE, dim), 205, int(point)) for point in some.points])
+    at_origin, at_mode = (
+        task.density.value(some.points, at).nan_to_num(nan=-torch.inf).median(1).values
+        for at in (noise, some.to_position(noise))
+    )
+    rows = rows[~(at_mode + some.log_det >= at_origin)]
+    mode, factor, log_det = fit.mode.clone(), fit.factor.clone(), fit.log_det.clone()
+    mode[rows], factor[rows], log_det[rows] = 0.0, torch.eye(dim).to(factor), 0.0
+    return replace(fit, mode=mode, factor=factor, log_det=log_det)
 
 
 def believable(task: Task, fit: LaplaceFit) -> LaplaceFit:

@@ -28,6 +28,7 @@ from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._minibatch import MinibatchScore, check_minibatches, describe_minibatches
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._errors import OptionError
+from bayestie._workers import eigh
 
 MAX_FULL_RANK, MAX_LOW_RANK = 200, 2000  # latents up to which a guide is the default
 NUM_PARTICLES = 16  # draws per step, in antithetic pairs
@@ -155,7 +156,7 @@ def start_guide(task: Task, name: str, fit: LaplaceFit | None) -> Guide:
     if curvature is not None:
         scaled = scale.unsqueeze(2) * curvature.precision * scale.unsqueeze(1)
         scaled = torch.where(known.unsqueeze(2), scaled, torch.eye(dim).to(scaled))
-        values, vectors = torch.linalg.eigh(scaled)  # ascending: the widest directions first
+        values, vectors = eigh(scaled)  # ascending: the widest directions first
         widths = (1.0 / values[:, :rank].clamp(min=1e-12) - 1.0).clamp(min=0.0).sqrt()
         factor = factor + vectors[:, :, :rank] * widths.unsqueeze(1)
     return LowRank(loc, scale, factor, curvature=curvature)
