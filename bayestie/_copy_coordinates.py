@@ -191,7 +191,7 @@ class CopyProgram:
                     one, two = (v[site][name] for v in values[1:])
                     curved |= not torch.allclose(two - one, one - at_zero, rtol=1e-9, atol=1e-9)
                     scale_moves |= name == "scale" and not torch.equal(one, at_zero)
-            ties = [_stated(self.read(0, t * step, hyper).priors) for t in (0.0, 1.0)]
+            ties = [stated(self.read(0, t * step, hyper).priors) for t in (0.0, 1.0)]
             ties_move = any(not torch.equal(a, b) for a, b in zip(*ties, strict=True))
             if curved or scale_moves or ties_move:
                 self.gaussian.discard(block.name)
@@ -204,7 +204,7 @@ class CopyProgram:
         x = torch.randn(self.num_x, dtype=self.program.dtype, generator=generator)
         hyper = self.hyper_probe(0)
         still, moved = (self.read(0, at, hyper) for at in (torch.zeros_like(x), x))
-        pairs = zip(_stated(still.priors), _stated(moved.priors), strict=True)
+        pairs = zip(stated(still.priors), stated(moved.priors), strict=True)
         if any(not torch.equal(a, b) for a, b in pairs):
             raise NotSparse("what a tied site states depends on the copies of another")
         if abs(still.log_hyper - moved.log_hyper) > 1e-9 * (1.0 + abs(still.log_hyper)):
@@ -267,7 +267,7 @@ class CopyProgram:
         return Reading(given.priors, lane.messages, likelihoods, float(log_hyper))
 
 
-def _stated(priors: Mapping[str, TiePrior]) -> list[Tensor]:
+def stated(priors: Mapping[str, TiePrior]) -> list[Tensor]:
     """The numbers that tied statements were made with."""
     found: list[Tensor] = []
     for prior in priors.values():

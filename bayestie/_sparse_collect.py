@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from bayestie._collect import ELEMENTS
-from bayestie._copy_coordinates import CopyProgram, GivenCopies
+from bayestie._copy_coordinates import CopyProgram, GivenCopies, stated
 from bayestie._messages import base_distribution
 from bayestie._tie_priors import TiePrior, sum_right
+
+_TOGETHER = 1 << 17  # copies whose prior is worked out at once: what a core's cache holds
 
 
 class Columns:
@@ -62,8 +64,11 @@ def collect_copies(
     seen = [f"{group}/{name}" for name in program.observed for group in ("log_likelihood", "parameter")]
     if not any(wanted(key) for key in (*others, *own, *seen)):
         return arrays
+    still = _ties_are_still(columns, points)
+    if still:
+        arrays |= _tie_terms(columns, points, position, wanted)
     if not copies.num_hyper and not any(wanted(key) for key in (*others, *seen)):
-        return arrays | _priors(columns, points, position, wanted)
+        return arrays | _plain_terms(columns, points, position, wanted)
     observed = any(wanted(key) for key in seen)
     flat = position.reshape(-1, position.shape[-1])
     index = points.repeat_interleave(math.prod(lead[1:]))
@@ -75,7 +80,7 @@ def collect_copies(
         inputs = program.point_inputs(index[part])
 
         def one(row: Tensor, *tensors: Tensor, inputs=inputs) -> dict[str, Tensor]:
-            values = _describe(columns, row, inputs.unflatten(tensors), observed)
+            values = _describe(columns, row, inputs.unflatten(tensors), observed, ties=not still)
             return {key: value for key, value in values.items() if wanted(key) and key not in arrays}
 
         with torch.no_grad(), program.quiet():
@@ -87,10 +92,21 @@ def collect_copies(
     return arrays | {key: x.reshape(*lead, *x.shape[1:]).numpy() for key, x in found.items()}
 
 
-def _priors(
+def _ties_are_still(columns: Columns, points: Tensor) -> bool:
+    """Whether what tied statements state depends on the strength alone."""
+    copies = columns.copies
+    if not copies.num_hyper:
+        return True
+    zero = torch.zeros(copies.num_x, dtype=torch.float64)
+    readings = [copies.read(int(points[0]), zero, copies.hyper_probe(index)) for index in (0, 1)]
+    pairs = zip(*(stated(reading.priors) for reading in readings), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _plain_terms(
     columns: Columns, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
 ) -> dict[str, np.ndarray]:
-    """log_prior and tie_energy of draws from one run of the model per point: its priors do not move."""
+    """log_prior of Gaussian latents from one run of the model per point, where there are no others."""
     copies, lead = columns.copies, tuple(position.shape[1:3])
     found: dict[str, list[Tensor]] = {}
     zero = torch.zeros(copies.num_x, dtype=torch.float64)
@@ -102,9 +118,22 @@ def _priors(
             value = flat[:, where].reshape(-1, *shape)
             density = reading.messages[name]["fn"].log_prob(value).reshape(len(flat), -1).sum(1)
             found.setdefault(f"log_prior/{name}", []).append(density.reshape(lead))
+    return {key: torch.stack(value).numpy() for key, value in found.items() if wanted(key)}
+
+
+def _tie_terms(
+    columns: Columns, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> dict[str, np.ndarray]:
+    """log_prior and tie_energy of tied statements from one run of the model per point: they do not move."""
+    copies, lead = columns.copies, tuple(position.shape[1:3])
+    found: dict[str, list[Tensor]] = {}
+    zero = torch.zeros(copies.num_x, dtype=torch.float64)
+    for p, point in enumerate(points.tolist()):
+        reading = copies.read(point, zero, copies.hyper_probe(0))
+        flat = position[p].flatten(0, 1)
         for name, prior in reading.priors.items():
             where, shape = columns.sites[name]
-            step = max(1, ELEMENTS // math.prod(shape))
+            step = max(1, _TOGETHER // math.prod(shape))
             terms = []
             for start in range(0, len(flat), step):
                 part = flat[start : start + step]
@@ -130,7 +159,7 @@ def summaries(columns: Columns, found: Mapping[str, Tensor]) -> dict[str, np.nda
     return out
 
 
-def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dict[str, Tensor]:
+def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool, *, ties: bool) -> dict[str, Tensor]:
     copies, program = columns.copies, columns.copies.program
     parameters: dict[str, Tensor] = {}
 
@@ -150,7 +179,7 @@ def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dic
             sites = {
                 *copies.plain,
                 *(n for n in program.deterministic if n not in columns.sites),
-                *copies.tied,
+                *(copies.tied if ties else ()),
             }
             lane = program.run_lane(position, inputs, without=set(program.observed), until=sites)
     out = {f"posterior/{n}": m["value"] for n, m in lane.messages.items() if n not in program.observed}
@@ -158,7 +187,7 @@ def _describe(columns: Columns, row: Tensor, inputs: Any, observed: bool) -> dic
         out[f"log_likelihood/{name}"] = lane.log_densities[name]
     for name in copies.plain:
         out[f"log_prior/{name}"] = lane.log_densities[name].sum()
-    for name, prior in given.priors.items():
+    for name, prior in given.priors.items() if ties else ():
         level = _level(columns, name, prior, row)
         where, shape = columns.sites[name]
         deviation, energy = prior_terms(prior, row[where].reshape(shape), level)

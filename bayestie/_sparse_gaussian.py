@@ -98,16 +98,7 @@ class Gaussian:
         at = (along - inner @ moved)[soft]
         return out, square + (at**2 / self.variances[soft, None]).sum(0)
 
-    def square(self, step: np.ndarray) -> np.ndarray:
-        """(x - mean)^T Q (x - mean) of columns (n, batch); directions of known value have no part in it."""
-        total = (step * (self.structure.matrix(self.data) @ step)).sum(0)
-        if self.response is not None:
-            soft = self.variances != 0
-            at = (self.structure.directions.T @ step)[soft]
-            total = total + (at**2 / self.variances[soft, None]).sum(0)
-        return total
-
-    def log_density(self, step: np.ndarray) -> np.ndarray:
-        """Of mean + step (n, batch); the normaliser of the variables less their constraints."""
-        size = len(self.mean)
-        return -0.5 * self.square(step) + 0.5 * self.log_det - 0.5 * size * math.log(2 * math.pi)
+    @property
+    def log_height(self) -> float:
+        """Log density at the mean; the normaliser of the variables less their constraints."""
+        return 0.5 * self.log_det - 0.5 * len(self.mean) * math.log(2 * math.pi)

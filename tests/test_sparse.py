@@ -15,12 +15,13 @@ from scipy.integrate import quad
 import bayestie as bt
 from bayestie import _sweep
 from bayestie._engines import _sparse
+from bayestie._engines._sparse_hyper import NODES
 from bayestie._errors import InferenceError
 from bayestie._program import LaneProgram
 from bayestie._sparse_density import SparseDensity, build_sparse_density
 from bayestie._sparse_factor import choose_pattern, lower_pattern
 from bayestie._sparse_gaussian import Gaussian
-from bayestie._sparse_joint import SparseJoint
+from bayestie._sparse_joint import ScaledJoint, SparseJoint
 from bayestie._sparse_map import NotSparseMap, find_map
 from bayestie._sparse_mode import find_mode, log_likelihood, log_prior
 from models import nile, poisson_chain
@@ -195,7 +196,12 @@ def test_gaussian_moments_are_the_closed_form():
     np.testing.assert_allclose(half @ half.T, covariance, rtol=1e-8, atol=1e-6)
     np.testing.assert_allclose(fit.gaussian.whitened(half, np.random.default_rng(0)), np.eye(num), atol=1e-9)
     step, square = fit.gaussian.draw(np.random.default_rng(0).normal(size=(num, 5)))
-    np.testing.assert_allclose(square, fit.gaussian.square(step), rtol=1e-8)
+    expected = (step * (fit.structure.matrix(fit.gaussian.data) @ step)).sum(0)
+    if fit.gaussian.response is not None:  # directions of known value have no part in it
+        soft = fit.gaussian.variances != 0
+        along = (fit.structure.directions.T @ step)[soft]
+        expected += (along**2 / fit.gaussian.variances[soft, None]).sum(0)
+    np.testing.assert_allclose(square, expected, rtol=1e-8)
     assert isinstance(fit.gaussian, Gaussian)
 
 
@@ -463,6 +469,55 @@ def test_log_joint_of_many_draws_is_the_one_read_for_each(sigma):
         expected = log_prior(structure, numbers, x[i])
         expected += log_likelihood(numbers, structure.map @ x[i] + numbers.offset)
         assert found[i] == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_sums_of_squares_give_the_log_joint_of_many_draws(sigma):
+    points = {"sigma": torch.tensor([sigma], dtype=torch.float64)}
+    density = SparseDensity(LaneProgram(crossed_effects, (), ratings(), points))
+    rng = np.random.default_rng(2)
+    h = np.array([0.2]) + 0.3 * rng.normal(size=(6, density.copies.num_hyper))
+    fit = find_mode(*density.at(0, torch.from_numpy(h[0])))
+    joint = ScaledJoint.of(density, 0, fit, h[0])
+    assert joint is not None
+    x = fit.gaussian.mean + fit.gaussian.deviations(rng.normal(size=(fit.structure.size, 6))).T
+    found = joint(x, density.full(fit.structure, fit.numbers, x), h)
+    for i in range(6):
+        structure, numbers = density.at(0, torch.from_numpy(h[i]))
+        expected = log_prior(structure, numbers, x[i])
+        expected += log_likelihood(numbers, structure.map @ x[i] + numbers.offset)
+        assert found[i] == pytest.approx(expected, rel=1e-11)
+
+
+def two_noises(*, sigma):
+    theta = bt.tied("theta", T.chain(12), sigma, BASE)
+    noise = pyro.sample("noise", dist.HalfNormal(torch.ones(2)).to_event(1))
+    with pyro.plate("row", 12):
+        pyro.sample("y", dist.Normal(theta, noise[torch.arange(12) % 2]), obs=torch.arange(12.0))
+
+
+def test_precisions_without_one_scale_are_left_to_the_model():
+    points = {"sigma": torch.tensor([0.5], dtype=torch.float64)}
+    density = SparseDensity(LaneProgram(two_noises, (), {}, points))
+    h = density.copies.hyper_probe(0)
+    fit = find_mode(*density.at(0, h))
+    assert ScaledJoint.of(density, 0, fit, h.numpy()) is None
+    assert SparseJoint.of(density, 0, fit.structure) is not None
+
+
+@pytest.mark.parametrize("enough", [0.7, 2.0])
+def test_nodes_are_added_until_the_weights_are_good(sparse_everywhere, monkeypatch, enough):
+    tried, draw = [], _sparse._Pool._draw
+
+    def counted(self, num):
+        tried.append(self.most)
+        return draw(self, num)
+
+    monkeypatch.setattr(_sparse._Pool, "_draw", counted)
+    monkeypatch.setattr(_sparse, "ENOUGH", enough)  # 2: never
+    tree = bt.sweep(crossed_effects, **ratings(), over={"sigma": [0.5]}, seed=1)
+    assert bool(tree.sweep["certified"].all())
+    assert tried[0] == NODES[0] and set(tried) == set(NODES if enough > 1 else NODES[:1])
 
 
 def test_a_tie_that_depends_on_other_latents_is_read_for_every_draw():

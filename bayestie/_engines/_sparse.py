@@ -16,14 +16,14 @@ from bayestie._copy_coordinates import NotSparse
 from bayestie._engines._importance import NEARLY_CONSTANT, mean_error, needed_ess
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._sparse_chains import run_chains
-from bayestie._engines._sparse_hyper import HyperFit, fit_hyper, gather
+from bayestie._engines._sparse_hyper import NODES, HyperFit, fit_hyper, gather
 from bayestie._engines._streamed import Summary, summarised, weighted
 from bayestie._engines._whitened import Whitened, sparse_rows
 from bayestie._errors import InferenceError
 from bayestie._psis import good_k, psis
 from bayestie._sparse_collect import Columns
 from bayestie._sparse_factor import NotPositive, variances
-from bayestie._sparse_joint import SparseJoint
+from bayestie._sparse_joint import ScaledJoint, SparseJoint
 from bayestie._sparse_mode import SparseFit, find_mode, log_likelihood, log_prior, shifted_mean
 from bayestie._sparse_numbers import Numbers
 from bayestie._sparse_structure import Structure
@@ -31,6 +31,7 @@ from bayestie._sparse_structure import Structure
 STORED_BYTES = 2_000_000_000  # of draws, over all points
 _INDEPENDENT = (math.nan, math.nan, math.nan)
 _BATCH = 8  # draws made at once
+ENOUGH = 0.7  # effective draws of one, with which nodes are dense enough
 
 
 @dataclass
@@ -70,6 +71,7 @@ class SparseRun:
         self.kept = kept_draws(task, self.columns.width)
         self.starts: dict[int, np.ndarray] = {}  # id of a structure -> where its last mode was
         self.hyper_start = np.zeros(self.copies.num_hyper)
+        self.hyper_spread: np.ndarray | None = None
         self.memory: dict[str, Any] = {}  # what chains learned at the strength before
         self.carried = sparse_rows(task.num_points, task.num_chains, self.kept, self.copies.num_x)
 
@@ -220,8 +222,10 @@ class SparseRun:
                 expected="one or the other",
                 fix="Fix or sweep these latents, or use engine='svi'.",
             )
-        hyper_fit = fit_hyper(objective, self.hyper_start)
-        self.hyper_start = hyper_fit.mode
+        hyper_fit = fit_hyper(objective, self.hyper_start, self.hyper_spread)
+        if hyper_fit.converged:
+            self.hyper_start = hyper_fit.mode
+            self.hyper_spread = np.sqrt(np.square(hyper_fit.factor).sum(1))
         wanted = self.task.num_chains * self.task.num_draws
         needed = needed_ess(self.task)
         pool = _Pool(self, point, hyper_fit)
@@ -239,18 +243,37 @@ class _Pool:
         self.rows: list[np.ndarray] = []
         self.value = np.zeros(0)
         self.log_weight = np.zeros(0)
-        self.rounds = 0
-        self.joint: SparseJoint | None = None
+        self.rounds, self.most = 0, NODES[0]
+        self.joint: SparseJoint | ScaledJoint | None = None
         fit = run.mode(point, hyper_fit.mode)
-        joint = SparseJoint.of(run.density, point, fit.structure)
+        joint = ScaledJoint.of(run.density, point, fit, hyper_fit.mode)
+        joint = joint or SparseJoint.of(run.density, point, fit.structure)
         if joint is not None and self._agrees(joint, fit):
             self.joint = joint
 
     def grow(self, num: int) -> None:
+        """Add ``num`` draws; the first also find out how many nodes it takes.
+
+        Few do where h is known well: what nodes leave out is in the weights, and seen there.
+        """
+        rows, value, log_weight = self._draw(num)
+        while not self.rows and self.most < NODES[-1] and _share(log_weight) < ENOUGH:
+            self.most = NODES[NODES.index(self.most) + 1]
+            rows, value, log_weight = self._draw(num)
+        self.rows.append(rows)
+        self.value = np.concatenate([self.value, value])
+        self.log_weight = np.concatenate([self.log_weight, log_weight])
+        smoothed, khat = psis(torch.from_numpy(self.log_weight)[None])
+        self.smoothed, self.khat = smoothed[0], float(khat[0])
+        self.ess = float(torch.exp(-torch.logsumexp(2.0 * self.smoothed, 0)))
+
+    def _draw(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, log joints and log weights."""
         run, task = self.run, self.run.task
         rng = task.generator(202, self.point, self.rounds)
+        self.rounds += 1
         h, log_h = self.hyper_fit.propose(rng, num)
-        nodes, label = gather(h, self.hyper_fit.factor, task.seed % 2**31)
+        nodes, label = gather(h, self.hyper_fit.factor, self.most, task.seed % 2**31)
         rows = np.empty((num, run.columns.width))
         value, log_weight = np.empty(num), np.empty(num)
         for g, node in enumerate(nodes):
@@ -258,21 +281,15 @@ class _Pool:
             fit = run.mode(self.point, node)
             slope = self._mean_slope(fit, node) if len(own) > 1 else np.zeros((fit.structure.size, len(node)))
             noise = rng.standard_normal((len(own), fit.structure.size)).T
-            step = fit.gaussian.deviations(noise)
-            log_q = fit.gaussian.log_density(step)
+            step, square = fit.gaussian.draw(noise)
+            log_q = fit.gaussian.log_height - 0.5 * square
             x = fit.gaussian.mean[:, None] + slope @ (h[own] - node).T + step
             value[own] = self._log_joint(fit, x.T, h[own])
             log_weight[own] = value[own] - log_h[own] - log_q
             rows[own] = run._rows(fit.structure, fit.numbers, x.T, h[own])
-        self.rows.append(rows)
-        self.value = np.concatenate([self.value, value])
-        self.log_weight = np.concatenate([self.log_weight, np.nan_to_num(log_weight, nan=-np.inf)])
-        self.rounds += 1
-        smoothed, khat = psis(torch.from_numpy(self.log_weight)[None])
-        self.smoothed, self.khat = smoothed[0], float(khat[0])
-        self.ess = float(torch.exp(-torch.logsumexp(2.0 * self.smoothed, 0)))
+        return rows, value, np.nan_to_num(log_weight, nan=-np.inf)
 
-    def _agrees(self, joint: SparseJoint, fit: SparseFit) -> bool:
+    def _agrees(self, joint: SparseJoint | ScaledJoint, fit: SparseFit) -> bool:
         """With the density read at the mode."""
         x, h = fit.gaussian.mean[None], self.hyper_fit.mode[None]
         expected = self._log_joint(fit, x, h)
@@ -348,6 +365,12 @@ class _Pool:
         if self.ess < needed:
             return False, f"{given} have an effective sample size of {self.ess:.0f}, below {needed:.0f}"
         return True, f"{given} have khat {self.khat:.2f} and effective sample size {self.ess:.0f}"
+
+
+def _share(log_weight: np.ndarray) -> float:
+    """Effective draws of one."""
+    weight = np.exp(log_weight - log_weight.max())
+    return float(weight.sum() ** 2 / np.square(weight).sum() / len(weight))
 
 
 def run_sparse(task: Task) -> Draws:

@@ -16,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.special import gammaln
 
 DEGREES = 8.0  # of freedom of the proposal
-MAX_NODES = 48
+NODES = (3, 12, 48)  # tried in turn
 
 
 @dataclass
@@ -42,28 +42,51 @@ class HyperFit:
         return self.mode + t @ self.factor.T, log_density
 
 
-def fit_hyper(objective: Callable[[np.ndarray], float], start: np.ndarray) -> HyperFit:
-    """Maximise log p(h, y) by BFGS on central differences; its curvature by differences of 0.3 sd."""
-    dim = len(start)
+def fit_hyper(
+    objective: Callable[[np.ndarray], float], start: np.ndarray, spread: np.ndarray | None = None
+) -> HyperFit:
+    """Maximise log p(h, y) by BFGS on central differences; its curvature by differences of 0.3 sd.
+
+    Args:
+        objective: log p(h, y) but for a constant; -inf where it has no value.
+        start: where to begin, (d,).
+        spread: sds of h as far as known, say at another strength, (d,).
+    """
+    dim, known = len(start), {}
 
     def negative(h: np.ndarray) -> float:
-        value = objective(h)
-        return -value if math.isfinite(value) else 1e300
+        key = h.tobytes()
+        if key not in known:
+            value = objective(h)
+            known[key] = -value if math.isfinite(value) else 1e300
+        return known[key]
 
-    def slope(h: np.ndarray, step: float = 1e-3) -> np.ndarray:
-        return np.array([(negative(h + step * e) - negative(h - step * e)) / (2 * step) for e in np.eye(dim)])
+    def bends(h: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Curvature along each axis."""
+        both = [negative(h + e) + negative(h - e) for e in np.diag(step)]
+        return (np.array(both) - 2.0 * negative(h)) / step**2
 
-    found = scipy.optimize.minimize(negative, start, jac=slope, method="BFGS", options={"gtol": 1e-3})
-    mode, value = found.x, found.fun
-    step = np.full(dim, 1e-2)
-    hessian = np.eye(dim)
-    for attempt in range(3):
-        for i in range(dim):
-            e = np.eye(dim)[i] * step[i]
-            hessian[i, i] = (negative(mode + e) - 2 * value + negative(mode - e)) / step[i] ** 2
-        if attempt < 2:
-            sd = 1.0 / np.sqrt(np.clip(hessian.diagonal(), 1e-4, None))
-            step = np.clip(0.3 * sd, 1e-4, 0.5)
+    def sds(h: np.ndarray, step: np.ndarray) -> np.ndarray:
+        return 1.0 / np.sqrt(np.clip(np.abs(bends(h, step)), 1e-4, 1e12))
+
+    def slope(h: np.ndarray, step: np.ndarray) -> np.ndarray:
+        return np.array([(negative(h + e) - negative(h - e)) / 2.0 for e in np.diag(step)]) / step
+
+    # In units of about one sd: a posterior of many rows would send a first step of its gradient anywhere.
+    unit = sds(start, np.full(dim, 1e-2) if spread is None else 0.3 * spread)
+    found = scipy.optimize.minimize(
+        lambda v: negative(start + unit * v),
+        np.zeros(dim),
+        jac=lambda v: unit * slope(start + unit * v, 0.1 * unit),
+        method="BFGS",
+        options={"gtol": 0.02},
+    )
+    mode = start + unit * found.x
+    step = np.clip(0.3 * unit, 1e-4, 0.5)
+    sd = sds(mode, step)
+    if (np.abs(np.log(sd / unit)) > math.log(2.0)).any():
+        step = np.clip(0.3 * sd, 1e-4, 0.5)
+    hessian = np.diag(bends(mode, step))
     for i in range(dim):
         for j in range(i):
             a, b = np.eye(dim)[i] * step[i], np.eye(dim)[j] * step[j]
@@ -75,13 +98,13 @@ def fit_hyper(objective: Callable[[np.ndarray], float], start: np.ndarray) -> Hy
     values = np.clip(np.nan_to_num(np.abs(values), nan=1.0), 1e-6, None)
     factor = np.linalg.cholesky((vectors / values) @ vectors.T)
     # Whether the optimiser stopped at the top is judged by the slope in units of the curvature.
-    ascent = float(np.linalg.norm(factor.T @ slope(mode, 1e-3)))
-    return HyperFit(mode, factor, -value, good and ascent < 0.05)
+    ascent = float(np.linalg.norm(factor.T @ slope(mode, step)))
+    return HyperFit(mode, factor, -negative(mode), good and ascent < 0.05)
 
 
-def gather(h: np.ndarray, factor: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def gather(h: np.ndarray, factor: np.ndarray, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes (G, d) for draws h (S, d), and each draw's node."""
-    num = min(MAX_NODES, len(h))
+    num = min(most, len(h))
     if h.shape[1] == 1:
         edges = np.linspace(h.min(), h.max(), num + 1)
         label = np.clip(np.searchsorted(edges, h[:, 0], side="right") - 1, 0, num - 1)
