@@ -1,13 +1,17 @@
 """A Gaussian over the copies: sparse precision, and levels that are means as a low-rank part."""
 
 import math
+from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 
 from bayestie._sparse_factor import NotPositive
 from bayestie._sparse_numbers import Numbers
 from bayestie._sparse_structure import Structure
+
+blas: Any = scipy.linalg.blas  # its names are made at run time
 
 
 class Gaussian:
@@ -33,8 +37,10 @@ class Gaussian:
             self.response = None
             return
         u = structure.directions
-        self.response = self.factor.solve(u.toarray(order="F"))  # S U
-        inner = u.T @ self.response
+        dense = u.toarray(order="F")
+        self.across = dense.T
+        self.response = self.factor.solve(dense)  # S U
+        inner = self.across @ self.response
         inner = 0.5 * (inner + inner.T)
         both = np.diag(variances) + inner
         sign, log_det = np.linalg.slogdet(both)
@@ -60,8 +66,12 @@ class Gaussian:
         """Standard normals (n, batch) to draws about the mean."""
         out = self.factor.whiten_back(noise)
         if self.response is not None:
-            out -= self.response @ (self.correction @ (self.structure.directions.T @ out))
+            out = self._without(out, self.correction @ (self.across @ out))
         return out
+
+    def _without(self, out: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """out (n, batch) less S U moved (c, batch), in the place of out where it is laid out by columns."""
+        return blas.dgemm(-1.0, self.response, moved, 1.0, out, overwrite_c=1)
 
     def whitened(self, step: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Standard normals (n, batch) that `deviations` makes ``step`` of.
@@ -88,11 +98,10 @@ class Gaussian:
         square = np.einsum("nb,nb->b", noise, noise)
         if self.response is None:
             return out, square
-        u = self.structure.directions
-        along = u.T @ out
+        along = self.across @ out
         moved = self.correction @ along
-        out -= self.response @ moved
-        inner = u.T @ self.response
+        out = self._without(out, moved)
+        inner = self.across @ self.response
         square = square - 2 * (moved * along).sum(0) + (moved * (inner @ moved)).sum(0)
         soft = self.variances != 0
         at = (along - inner @ moved)[soft]

@@ -138,7 +138,7 @@ def _weighted(
     cumulative = np.cumsum(np.exp(smoothed.numpy()))
     row = np.searchsorted(cumulative / cumulative[-1], (np.arange(total) + rng.uniform()) / total)
     row = np.minimum(row, len(rest) - 1)[rng.permutation(total)]
-    step = np.concatenate(steps)[row]
+    step = _picked(steps, row)
     whitened = None
     if carried is not None:
         places = (np.arange(task.num_chains)[:, None] * kept + carried).ravel()
@@ -168,6 +168,16 @@ def _weighted(
         "quality": (1.0, worth, worth),
         "whitened": whitened,
     }
+
+
+def _picked(parts: list[np.ndarray], row: np.ndarray) -> np.ndarray:
+    """Rows of all parts, without a copy of them all."""
+    out, start = np.empty((len(row), parts[0].shape[1])), 0
+    for part in parts:
+        own = np.flatnonzero((row >= start) & (row < start + len(part)))
+        out[own] = part[row[own] - start]
+        start += len(part)
+    return out
 
 
 class _Chains:
