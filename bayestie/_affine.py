@@ -19,7 +19,7 @@ from bayestie._affine_parts import Part
 from bayestie._density import MAX_ELEMENTS, triangular_axes
 from bayestie._families import Family
 from bayestie._latent_scale import LatentScale, ScaleSite, latent_scale
-from bayestie._linear_map import LinearMap
+from bayestie._linear_map import Gram, LinearMap
 from bayestie._noise_axes import NoiseAxes, find_noise_axes
 from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
@@ -71,6 +71,7 @@ class AffineDensity:
         self.naturals = [family.natural() for family in families]
         self._rest, self._rest_hessian, self.quadratic = rest, rest_hessian, quadratic
         self.latent_scale: LatentScale | None = None
+        self._gram: Gram | None = None
         self._selections: list[tuple[Tensor, list[tuple[slice, _Selection]]]] = []
         if scale_site is not None:
             self.latent_scale = latent_scale(scale_site, families, matrix, offset)
@@ -268,15 +269,20 @@ class AffineDensity:
 
     def hessian(self, points: Tensor, position: Tensor) -> Tensor:
         """Second derivatives (P, D, D) at one position per point (P, D)."""
-        matrix = self.matrix[points]
         hessian = self._prior_hessian(points, position).clone()
         if not self.families:
             return hessian
+        if self._gram is None:
+            self._gram = Gram(self.matrix)
+        eta = self._moved(points, position.unsqueeze(-1)) + self.offset[points].unsqueeze(-1)
+        weight = torch.zeros_like(eta).squeeze(-1)
         with self.program.quiet():
-            eta = torch.baddbmm(self.offset[points].unsqueeze(-1), matrix, position.unsqueeze(-1))
             for part in self._parts(points):
-                hessian += part.hessian(matrix[:, part.rows], eta)
-        return hessian
+                if part.natural is None:
+                    hessian += part.hessian(self.matrix[points][:, part.rows], eta)
+                else:
+                    weight[:, part.rows] = part.curvature(part.natural, eta)
+        return hessian - self._gram(points, weight)
 
     def axes(self, points: Tensor, factor: Tensor) -> Tensor:
         """Triangular axes where each moves few predictors, else axes by pivoted QR of the predictors.
@@ -290,7 +296,7 @@ class AffineDensity:
         if not self.matrix.shape[1]:  # Gaussian: no axis is better than another
             return triangular
         # Point by point: at sigma = 0 copies move nothing, whatever they do elsewhere.
-        moved = torch.bmm(self.matrix[points], triangular).abs()
+        moved = self._moved(points, triangular).abs()
         share = (moved > 1e-12 * moved.amax((1, 2), keepdim=True)).to(moved).mean((1, 2))
         found = triangular.clone()
         for i in torch.nonzero(share >= 0.3).squeeze(1).tolist():
@@ -302,11 +308,17 @@ class AffineDensity:
             found[i] = factor[i] @ rotation.to(factor)
         return found
 
+    def _moved(self, points: Tensor, columns: Tensor) -> Tensor:
+        """What steps (P, D, n) move the predictors, (P, M, n)."""
+        out = columns.new_empty(len(points), self.matrix.shape[1], columns.shape[2])
+        for some, here in self._pieces(points):
+            here.map.product(columns[some].mT, out=out[some])
+        return out
+
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
         """Most axes move few predictors; only those are evaluated."""
-        matrix = self.matrix[points]
-        moved = torch.bmm(matrix, factor)  # (P, M, D)
-        centre = torch.einsum("smd,sd->sm", matrix, mode) + self.offset[points]
+        moved = self._moved(points, factor)
+        centre = self._moved(points, mode.unsqueeze(-1)).squeeze(-1) + self.offset[points]
         out = self._rest_profile(points, mode, factor, nodes)
         with torch.no_grad(), self.program.quiet():
             for part in self._parts(points):

@@ -42,15 +42,13 @@ class Part:
             own.copy_(torch.autograd.grad(value.sum(), leaf)[0])
         return value.detach()
 
+    def curvature(self, natural: Natural, eta: Tensor) -> Tensor:
+        """Minus the second derivatives (P, M) of each observation by its predictor."""
+        weight = natural.cumulant.curvature(eta[:, self.rows])
+        return (weight if self.weight is None else weight * self.weight).squeeze(-1)
+
     def hessian(self, matrix: Tensor, eta: Tensor) -> Tensor:
         """Second derivatives (P, D, D) by the latents, by its rows (P, M, D) of the map."""
-        if self.natural is None:
-            return self._general_hessian(matrix, eta)
-        weight = self.natural.cumulant.curvature(eta[:, self.rows])
-        weight = weight if self.weight is None else weight * self.weight
-        return -torch.bmm((matrix * weight).mT, matrix)
-
-    def _general_hessian(self, matrix: Tensor, eta: Tensor) -> Tensor:
         total: Any = 0.0
         blocks = matrix.split(self.family.size, 1)
         with torch.enable_grad():

@@ -12,7 +12,7 @@ from bayestie import _affine
 from bayestie._affine import AffineDensity
 from bayestie._build_density import build_density
 from bayestie._density import Density, ProgramDensity
-from bayestie._linear_map import LinearMap
+from bayestie._linear_map import Gram, LinearMap
 from bayestie._program import LaneProgram
 
 POINT = torch.tensor([0])
@@ -141,6 +141,23 @@ def test_threads_give_the_same_numbers():
         torch.set_num_threads(threads)
     for one, other in zip(*found, strict=True):
         close(one, other, 1e-14)
+
+
+@pytest.mark.parametrize("entries", [2, 40])
+def test_gram_of_few_entries_a_row_is_the_dense_product(entries):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.zeros(3, 200, 40, dtype=torch.float64)
+    columns = torch.stack([torch.randperm(40, generator=generator)[:entries] for _ in range(200)])
+    values = torch.randn(3, 200, entries, dtype=torch.float64, generator=generator)
+    matrix.scatter_(2, columns.expand(3, -1, -1), values)
+    matrix[1, :, 5] = 0.0  # a column that moves nothing at one point
+    gram = Gram(matrix)
+    assert (gram.row is None) == (entries == 40)
+    weight = torch.randn(2, 200, dtype=torch.float64, generator=generator)
+    points = torch.tensor([2, 1])
+    close(
+        gram(points, weight), torch.einsum("pmi,pm,pmj->pij", matrix[points], weight, matrix[points]), 1e-12
+    )
 
 
 def test_sparse_designs_give_the_dense_numbers():

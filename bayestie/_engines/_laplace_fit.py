@@ -12,6 +12,7 @@ from bayestie._engines._protocol import Task
 from bayestie._workers import eigh
 
 MAX_ITERATIONS = 100
+LEAST_GAIN = 0.1  # of the step times the gradient: Newton's quadratic gains half
 _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
 
 
@@ -139,12 +140,17 @@ def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, 
         precision = -density.hessian(here, position[active])
         step = _damped_solve(precision, grad[active], damping[active])
         decrement = (step * grad[active]).sum(-1)
-        trial = position[active].unsqueeze(1) + steps.view(1, -1, 1) * step.unsqueeze(1)
-        values = torch.nan_to_num(density.value(here, trial), nan=-torch.inf)
-        best_value, best = values.max(1)
+        full = position[active] + step
+        best_value = torch.nan_to_num(density.value(here, full.unsqueeze(1)), nan=-torch.inf).squeeze(1)
+        best, trial = torch.zeros_like(active), full.unsqueeze(1)
         # Near the mode values differ by rounding alone, and the full step is the right one.
         near = decrement.abs() <= 1e-8 * (1.0 + value[active].abs())
-        best = torch.where(near, 0, best)
+        if not bool((near | ~going | (best_value >= value[active] + LEAST_GAIN * decrement)).all()):
+            trial = position[active].unsqueeze(1) + steps.view(1, -1, 1) * step.unsqueeze(1)
+            shorter = torch.nan_to_num(density.value(here, trial[:, 1:]), nan=-torch.inf)
+            values = torch.cat([best_value.unsqueeze(1), shorter], 1)
+            best_value, best = values.max(1)
+            best = torch.where(near, 0, best)
         improved = going & (best_value >= value[active] - 1e-10 * (1.0 + value[active].abs()))
         chosen = active[improved]
         position[chosen] = trial[improved, best[improved]]
