@@ -140,9 +140,11 @@ def test_whole_ticks_are_those_of_torch(tabulated, adapt):
         result = lanes.run(60, step, adapt)
         found.append((result, lanes, step))
     (one, ours, our_step), (other, theirs, their_step) = found
-    torch.testing.assert_close(one.z, other.z, rtol=1e-6, atol=1e-7)
+    # Orders of summation differ with the processor, and trajectories amplify; another decision anywhere, and
+    # the chains have nothing in common.
+    torch.testing.assert_close(one.z, other.z, rtol=1e-5, atol=1e-5)
     for name in STATISTICS:
-        torch.testing.assert_close(one.stats[name], other.stats[name], rtol=1e-6, atol=1e-7, equal_nan=True)
+        torch.testing.assert_close(one.stats[name], other.stats[name], rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(our_step.log_step, their_step.log_step, rtol=1e-6, atol=1e-7)
     assert bool((one.stats["n_steps"] == 1).any()) and len(one.stats["n_steps"].unique()) > 3
     # A lane that has its draws stands still: nothing is taken in vain.

@@ -226,7 +226,7 @@ def assert_is_posteriordb(found):
     ("engine", "size"),
     [
         ("nuts", {"num_chains": 16, "num_draws": 60}),
-        ("pyro_nuts", {"num_chains": 2, "num_draws": 200, "warmup": 150}),
+        ("pyro_nuts", {"num_chains": 2, "num_draws": 500, "warmup": 300}),
     ],
 )
 def test_learned_strength_gives_the_published_posterior(engine, size):
