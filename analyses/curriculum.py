@@ -67,7 +67,7 @@ def rate(success: Tensor) -> tuple[float, float]:
     return count / total, float(np.sqrt(adjusted * (1 - adjusted) / (total + 4)))
 
 
-def through_the_library(seed: int, num_sets: int = 8) -> list[Finding]:
+def through_the_library(seed: int, num_sets: int = 32) -> list[Finding]:
     """The same by `bt.fit` with and without ``schedule=``, modes and guides, where one copy misleads."""
     falling = {"sigma": bt.strengths(FIRM, LOOSE, 8)[::-1]}
     findings = []
