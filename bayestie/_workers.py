@@ -40,7 +40,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (P, D), ascending, and eigenvectors (P, D, D) of symmetric matrices (P, D, D).
 
     A thread to every share of the matrices: LAPACK that is split over threads meets at every Householder
-    reflection, five times slower alone and hundreds of times beside other work.
+    reflection, which beside other work took hundreds of times as long.
     """
     if matrices.device.type != "cpu":
         return torch.linalg.eigh(matrices)
