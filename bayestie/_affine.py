@@ -154,23 +154,30 @@ class AffineDensity:
         return pieces
 
     def _select(self, points: Tensor) -> _Selection:
+        matrix, offset, parts = self.matrix[points], self.offset[points], self._parts(points)
+        linear, steady, constant = self.natural_sums(points)
+        quadratic = None if self.quadratic is None else self.quadratic.take(points)
+        scale = None if self.latent_scale is None else self.latent_scale.take(points)
+        pull = linear - steady
+        return _Selection(points, LinearMap(matrix, offset), parts, linear, pull, constant, quadratic, scale)
+
+    def natural_sums(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the natural forms, target A (P, D), limit weight A (P, D), and what is constant of them (P,)."""
         matrix, offset = self.matrix[points], self.offset[points]
         linear, constant = matrix.new_zeros(len(points), self.num_latent), matrix.new_zeros(len(points))
-        pull, parts = linear, self._parts(points)
-        for part in parts:
+        steady = linear
+        for part in self._parts(points):
             if part.natural is None:
                 continue
             n, own = part.natural, matrix[:, part.rows]
             target = (n.target if len(n.target) == 1 else n.target[points]).expand(len(points), -1)
             weight = torch.ones_like(target) if part.weight is None else part.weight.squeeze(-1)
-            steady = (target - n.cumulant.limit * weight).expand(len(points), -1)
+            limit = (n.cumulant.limit * weight).expand(len(points), -1)
             linear = linear + torch.bmm(target.unsqueeze(1), own).squeeze(1)
-            pull = pull + torch.bmm(steady.unsqueeze(1), own).squeeze(1)
+            steady = steady + torch.bmm(limit.unsqueeze(1), own).squeeze(1)
             here = n.constant if len(n.constant) == 1 else n.constant[points]
             constant = constant + here + (target * offset[:, part.rows]).sum(1)
-        quadratic = None if self.quadratic is None else self.quadratic.take(points)
-        scale = None if self.latent_scale is None else self.latent_scale.take(points)
-        return _Selection(points, LinearMap(matrix, offset), parts, linear, pull, constant, quadratic, scale)
+        return linear, steady, constant
 
     def _jobs(self, points: Tensor, position: Tensor) -> Iterator[tuple[_Selection, slice, slice]]:
         """Points and draws that are worked on together, small enough for the cache."""

@@ -67,6 +67,7 @@ class Cumulant:
     sweep. They may overflow to infinity far out, where `value` does not.
     """
 
+    name: str
     value: Callable[[Tensor], Tensor]
     value_: Callable[[Tensor], Tensor]
     # (eta, work) -> A(eta), written to work; eta becomes limit - A'(eta)
@@ -96,6 +97,7 @@ def _gaussian_value_and_slope(eta: Tensor, work: Tensor) -> Tensor:
 
 
 _LOGISTIC = Cumulant(
+    "logistic",
     torch.nn.functional.softplus,
     lambda eta: eta.exp_().add_(1.0).log_(),
     _logistic_value_and_slope,
@@ -103,8 +105,9 @@ _LOGISTIC = Cumulant(
     lambda eta: 0.25 / torch.cosh(0.5 * eta).square(),
     math.log(2.0),
 )
-_POISSON = Cumulant(torch.exp, torch.exp_, _poisson_value_and_slope, 0.0, torch.exp, 1.0)
+_POISSON = Cumulant("poisson", torch.exp, torch.exp_, _poisson_value_and_slope, 0.0, torch.exp, 1.0)
 _GAUSSIAN = Cumulant(
+    "gaussian",
     lambda eta: 0.5 * eta.square(),
     lambda eta: eta.square_().mul_(0.5),
     _gaussian_value_and_slope,

@@ -16,7 +16,7 @@ from bayestie._engines._axes import axis_proposal
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
 
-_REACH = 6.0  # beyond, the map is a straight line
+REACH = 6.0  # beyond, the map is a straight line
 _CELLS = 48
 MAX_AXES = 300  # profiles of more axes cost as much as the chains
 _PROBE = 64
@@ -34,13 +34,13 @@ class AxisMap:
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (P, batch, D) -> T, T' and T'' at it."""
         num_points, _, dim = z.shape
-        width = 2.0 * _REACH / _CELLS
-        inside = z.clamp(-_REACH, _REACH)
-        cell = ((inside + _REACH) / width).long().clamp(max=_CELLS - 1)
+        width = 2.0 * REACH / _CELLS
+        inside = z.clamp(-REACH, REACH)
+        cell = ((inside + REACH) / width).long().clamp(max=_CELLS - 1)
         row = torch.arange(num_points * dim, device=z.device).view(num_points, 1, dim) * _CELLS + cell
         found = self.coefficients.view(-1, 4).index_select(0, row.view(-1))
         c3, c2, c1, c0 = found.view(*z.shape, 4).unbind(-1)
-        s = inside - (cell * width - _REACH)
+        s = inside - (cell * width - REACH)
         slope = (3.0 * c3 * s + 2.0 * c2) * s + c1
         value = ((c3 * s + c2) * s + c1) * s + c0 + slope * (z - inside)
         return value, slope, torch.where(z == inside, 6.0 * c3 * s + 2.0 * c2, 0.0)
@@ -53,7 +53,7 @@ def axis_map(task: Task, fit: LaplaceFit) -> AxisMap | None:
     if not usable or not bool(fit.converged.any()):
         return None
     proposal = axis_proposal(task, fit)
-    knots = torch.linspace(-_REACH, _REACH, _CELLS + 1).to(fit.mode)
+    knots = torch.linspace(-REACH, REACH, _CELLS + 1).to(fit.mode)
     t = proposal.along_axes(torch.special.ndtr(knots).expand(len(fit.points), dim, -1))[0]
     found = _spline(knots, t)
     identity = _spline(knots, knots.expand_as(t))

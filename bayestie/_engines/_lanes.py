@@ -7,7 +7,7 @@ trajectories and drop long ones.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from bayestie._engines._axis_map import AxisMap
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
 from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
+
+if TYPE_CHECKING:
+    from bayestie._engines._native_affine import AffineTicks, NativeAffine, SparseRows
 
 Slots = tuple[Tensor, Tensor, Tensor, Tensor]  # the last arguments of `Trajectories.record`
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -81,10 +84,22 @@ class Coordinates:
     fit: LaplaceFit
     scale: Tensor  # (P, D)
     map: AxisMap | None
+    rows: "SparseRows | None" = None  # the likelihoods, where ticks are compiled
+    native: "NativeAffine | None" = None  # made of them about the fit
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and (self.native is None or self.native.fit is not self.fit):
+            from bayestie._engines._native_affine import native_affine  # the compiler takes long to import
+
+            self.native = native_affine(self.rows, self.fit)
 
     def take(self, index: Tensor) -> "Coordinates":
-        kept = None if self.map is None else self.map.take(index)
-        return Coordinates(self.task, self.fit.take(index), self.scale[index], kept)
+        map = None if self.map is None else self.map.take(index)
+        fit, scale = self.fit.take(index), self.scale[index]
+        if self.native is None:
+            return Coordinates(self.task, fit, scale, map)
+        native = self.native.take(index, fit)
+        return Coordinates(self.task, fit, scale, map, native.rows, native)
 
     def to_position(self, z: Tensor) -> Tensor:
         """(P, batch, D) -> (P, batch, num_latent)."""
@@ -102,8 +117,13 @@ class Coordinates:
             own, grad = value + slope.log().sum(-1), grad * slope + bend / slope
         return value, own, grad * self.scale.unsqueeze(1)
 
-    def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: "Momenta") -> None:
-        """None: a tick evaluates the model."""
+    def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: "Momenta") -> "AffineTicks | None":
+        """The ticks of a block, compiled where likelihoods are natural ones of affine predictors."""
+        if self.native is None:
+            return None
+        from bayestie._engines._native_affine import AffineTicks
+
+        return AffineTicks(self.native.density(self.scale, self.map), state, uniforms, momenta)
 
 
 class WholeTicks(Protocol):

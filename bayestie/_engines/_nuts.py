@@ -75,9 +75,13 @@ def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
     # The density's own axes suit a diagonal metric, and maps along them, better than any others.
     oriented = replace(fit, factor=task.density.axes(fit.points, fit.factor))
     several = bool((fit.num_modes > 1).any())  # maps are laid along the axes of one mode
-    return Coordinates(
-        task, oriented, torch.ones_like(fit.mode), None if several else axis_map(task, oriented)
-    )
+    map, rows = None if several else axis_map(task, oriented), None
+    if fit.mode.device.type == "cpu":
+        from bayestie._engines._native_affine import sparse_rows  # the compiler takes long to import
+
+        rows = sparse_rows(task.density)
+        rows = None if rows is None else rows.take(fit.points)
+    return Coordinates(task, oriented, torch.ones_like(fit.mode), map, rows)
 
 
 def grounded(task: Task, fit: LaplaceFit) -> LaplaceFit:
