@@ -4,13 +4,15 @@ The structure is guessed from values of the model at few positions, and checked 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayestie._affine import AffineDensity
-from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes
+from bayestie._compressed import matrices
+from bayestie._density import MAX_ELEMENTS, Density, ProgramDensity, hessian_by_lanes, hessian_products
 from bayestie._families import NotAffine, find_families, predictors_of
 from bayestie._lane import LaneInputs
 from bayestie._latent_scale import ScaleSite, find_scale_site, value_and_slope
@@ -55,46 +57,61 @@ def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDens
 
     flat = inputs.flat()
     batched = torch.vmap(eta)
+    lanes = max(1, MAX_ELEMENTS // (16 * rows))
     with program.quiet():
         # The map is affine if anything, so its columns are differences of values: no differentiation.
         offset = batched(torch.zeros_like(probe[0]), *flat)
-        eye = torch.eye(dim, dtype=dtype, device=device)
-        matrix = torch.empty(num_points, rows, dim, dtype=dtype, device=device)
-        width = max(1, MAX_ELEMENTS // (16 * rows * num_points))
-        for start in range(0, dim, width):
-            part = eye[start : start + width]
-            lanes = part.repeat(num_points, 1)
-            repeated = [x.repeat_interleave(len(part), 0) for x in flat]
-            values = batched(lanes, *repeated).reshape(num_points, len(part), rows)
-            matrix[:, :, start : start + width] = (values - offset.unsqueeze(1)).mT
-        for at in probe:
-            found = batched(at, *flat)
-            predicted = torch.einsum("smd,sd->sm", matrix, at) + offset
-            scale = 1.0 + found.abs().amax(-1, keepdim=True)
-            if not ((found - predicted).abs() <= 1e-9 * scale).all():
-                return None
 
-    rest, rest_hessian = _rest_functions(program, {f.site for f in families})
-    curvature = rest_hessian(points, torch.zeros_like(probe[0]))
-    quadratic, site = None, find_scale_site(program, families, matrix)
+        def moved(vectors: Tensor, which: Tensor) -> Tensor:
+            found = vectors.new_empty(len(vectors), rows)
+            for part in (slice(i, i + lanes) for i in range(0, len(vectors), lanes)):
+                found[part] = batched(vectors[part], *(x[which[part]] for x in flat)) - offset[which[part]]
+            return found
+
+        values = [batched(at, *flat) for at in probe]
+        guesses = matrices(moved, num_points, probe)
+        matrix = next((m for m in guesses if _is_map(m, offset, probe, values)), None)
+    if matrix is None:
+        return None
+
+    rest, products, rest_hessian = _rest_functions(program, {f.site for f in families})
+    site = find_scale_site(program, families, matrix)
+    quadratic, own, near = None, rest, probe
     if site is not None:
-        own = _without_prior(rest, site)
-        near, still = probe.clone(), curvature.clone()
+        own, near = _without_prior(rest, site), probe.clone()
         near[..., site.column].clamp_(-0.5, 0.5)  # far out its prior is all there is, and hides the rest
-        still[:, site.column] = 0.0
-        still[:, :, site.column] = 0.0
-        quadratic = _quadratic(own, still, points, near)
-        rest, site = (own, site) if quadratic is not None else (rest, None)
-    if quadratic is None:
+    for curvature in matrices(products, num_points, probe):
+        curvature = 0.5 * (curvature + curvature.mT)
+        if site is not None:
+            still = curvature.clone()
+            still[:, site.column] = 0.0
+            still[:, :, site.column] = 0.0
+            quadratic = _quadratic(own, still, points, near)
+        if quadratic is not None:
+            break
         quadratic = _quadratic(rest, curvature, points, probe)
+        if quadratic is not None:
+            site = None
+            break
+    if quadratic is None:
+        site = None
+    rest = rest if site is None else own
     density = AffineDensity(program, families, matrix, offset, rest, rest_hessian, quadratic, site)
     ours, theirs = density.value(points, probe[2].unsqueeze(1)), general.value(points, probe[2].unsqueeze(1))
     agree = (ours - theirs).abs() <= 1e-9 * (1.0 + theirs.abs())
     return density if bool(agree.all()) else None
 
 
-def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
-    """The log joint without the sites in ``without``: value with gradient, and curvature."""
+def _is_map(matrix: Tensor, offset: Tensor, probe: Tensor, values: Sequence[Tensor]) -> bool:
+    """Whether predictors are affine with that matrix where they were evaluated."""
+    predicted = torch.einsum("smd,psd->psm", matrix, probe) + offset
+    found = torch.stack(list(values))
+    scale = 1.0 + found.abs().amax(-1, keepdim=True)
+    return bool(((found - predicted).abs() <= 1e-9 * scale).all())
+
+
+def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any, Any]:
+    """The log joint without the sites in ``without``: value with gradient, second derivatives twice."""
 
     def log_density(position: Tensor, inputs: LaneInputs) -> Tensor:
         return program.run_lane(position, inputs, without=without).log_joint()
@@ -109,12 +126,16 @@ def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any]:
             (grad,) = torch.autograd.grad(value.sum(), flat)
         return value.detach().reshape(num_points, batch), grad.reshape(num_points, batch, dim)
 
-    def rest_hessian(points: Tensor, position: Tensor) -> Tensor:
-        return hessian_by_lanes(
-            program, log_density, points, position, MAX_ELEMENTS // 64 // program.num_latent
-        )
+    lanes = max(1, MAX_ELEMENTS // 64 // program.num_latent)
 
-    return rest, rest_hessian
+    def products(vectors: Tensor, points: Tensor) -> Tensor:
+        """Second derivatives at the origin times vectors."""
+        return hessian_products(program, log_density, points, torch.zeros_like(vectors), vectors, lanes)
+
+    def rest_hessian(points: Tensor, position: Tensor) -> Tensor:
+        return hessian_by_lanes(program, log_density, points, position, lanes)
+
+    return rest, products, rest_hessian
 
 
 def _without_prior(rest: Any, site: ScaleSite) -> Any:

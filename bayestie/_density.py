@@ -157,27 +157,38 @@ def hessian_by_lanes(
     position: Tensor,
     max_lanes: int,
 ) -> Tensor:
-    """Second derivatives of a lane function at one position per point, all columns as lanes.
-
-    Reverse mode over reverse mode: lane (s, j) gives H_s e_j.
-    """
+    """Second derivatives of a lane function at one position per point, all columns as lanes."""
     num_points, dim = position.shape
-    index = points.repeat_interleave(dim)
     eye = torch.eye(dim, dtype=position.dtype, device=position.device).repeat(num_points, 1)
-    lanes = position.repeat_interleave(dim, 0)
-    columns = []
-    for start in range(0, len(lanes), max_lanes):
+    lanes = (points.repeat_interleave(dim), position.repeat_interleave(dim, 0), eye)
+    hessian = hessian_products(program, log_density, *lanes, max_lanes).reshape(num_points, dim, dim)
+    return 0.5 * (hessian + hessian.mT)
+
+
+def hessian_products(
+    program: LaneProgram,
+    log_density: Callable[[Tensor, LaneInputs], Tensor],
+    points: Tensor,
+    position: Tensor,
+    vectors: Tensor,
+    max_lanes: int,
+) -> Tensor:
+    """Second derivatives at points (L,) and positions (L, D) times vectors (L, D), (L, D).
+
+    Reverse mode over reverse mode.
+    """
+    found = []
+    for start in range(0, len(position), max_lanes):
         part = slice(start, start + max_lanes)
-        inputs = program.point_inputs(index[part])
+        inputs = program.point_inputs(points[part])
         forward = torch.vmap(lambda u, *xs, like=inputs: log_density(u, like.unflatten(xs)))
         with program.quiet(), torch.enable_grad():
-            u = lanes[part].clone().requires_grad_(True)
+            u = position[part].clone().requires_grad_(True)
             value = forward(u, *inputs.flat())
             (grad,) = torch.autograd.grad(value.sum(), u, create_graph=True)
             if grad.requires_grad:
-                (column,) = torch.autograd.grad((grad * eye[part]).sum(), u, materialize_grads=True)
+                (product,) = torch.autograd.grad((grad * vectors[part]).sum(), u, materialize_grads=True)
             else:
-                column = torch.zeros_like(u)  # a density linear in u
-        columns.append(column)
-    hessian = torch.cat(columns).reshape(num_points, dim, dim)
-    return 0.5 * (hessian + hessian.mT)
+                product = torch.zeros_like(u)  # a density linear in u
+        found.append(product)
+    return torch.cat(found)

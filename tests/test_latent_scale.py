@@ -101,9 +101,10 @@ def test_draws_are_exact_given_the_noise():
     task = Task(program, density, 3, 4, 250, 400.0, 0, lambda event: None)
     proposal = conditional_proposal(task, task.points)
     assert proposal is not None
-    position, log_density = proposal.propose(numbers(3, 2000, program.num_latent, seed=5))
+    position, log_density, value = proposal.propose(numbers(3, 2000, program.num_latent, seed=5))
     close(proposal.log_density(position), log_density, 1e-10)
-    ratio = density.value(task.points, position) - log_density
+    close(density.value(task.points, position), value, 1e-11)
+    ratio = value - log_density
     # What is left is the grid of the noise's marginal: straight lines between points 1/30 sd apart.
     assert float((ratio.amax(1) - ratio.amin(1)).max()) < 2e-3
     kept = proposal.take(torch.tensor([2]))

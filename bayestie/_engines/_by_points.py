@@ -21,17 +21,17 @@ class ByPoints(ABC):
         """The proposal at the points in ``index``."""
 
     @abstractmethod
-    def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _propose(self, noise: Tensor) -> tuple[Tensor, ...]:
         """`propose` at all points at once."""
 
     @abstractmethod
     def _log_density(self, position: Tensor) -> Tensor:
         """`log_density` at all points at once."""
 
-    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
-        position, log_density = zip(*self._parts(lambda part, n: part._propose(n), noise), strict=True)
-        return torch.cat(position), torch.cat(log_density)
+    def propose(self, noise: Tensor) -> tuple[Tensor, ...]:
+        """As `Proposal.propose`."""
+        parts = self._parts(lambda part, n: part._propose(n), noise)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def log_density(self, position: Tensor) -> Tensor:
         """Log density (P, batch) at positions (P, batch, D)."""

@@ -6,7 +6,8 @@ is put on a fine grid and drawn from, and the other latents follow from their co
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,17 +18,22 @@ from bayestie._engines._by_points import ByPoints
 from bayestie._engines._protocol import Task
 from bayestie._noise_axes import NoiseAxes
 
+_CACHED = 1 << 15  # numbers worked on at once
+
 
 @dataclass
 class ConditionalProposal(ByPoints):
-    """h from its marginal, the others from their Gaussian given h.
+    """h from its marginal, the others from their Gaussian given h: u = centre + to_latent (mean + sd z).
 
-    Shapes: centre (P, D - 1), to_latent and to_noise (P, D - 1, D - 1) inverse to one another, log_det (P,)
-    of the former, eigenvalues and pull (P, D - 1).
+    Everything has a place for h, where u is h and the rest zeros: centre, eigenvalues, pull and is_other
+    (P, D), to_latent and to_noise (P, D, D) inverse to one another, log_det (P,) of the former. The log joint
+    density given h is top + log_prior(h) - count h - (exp(-2 rate h) squares + |y|^2) / 2 with squares =
+    least - 2 y pull + eigenvalues y^2; top, count and least (P,).
     """
 
     column: int
     rate: float
+    log_prior: Callable[[Tensor], Tensor]
     hyper: AxisProposal
     centre: Tensor
     to_latent: Tensor
@@ -35,40 +41,61 @@ class ConditionalProposal(ByPoints):
     log_det: Tensor
     eigenvalues: Tensor
     pull: Tensor
+    is_other: Tensor
+    top: Tensor
+    count: Tensor
+    least: Tensor
 
     @property
     def num_noise(self) -> int:
-        return self.centre.shape[1] + 1
+        return self.centre.shape[1]
 
     def take(self, index: Tensor) -> "ConditionalProposal":
-        names = ("centre", "to_latent", "to_noise", "log_det", "eigenvalues", "pull")
-        kept = (getattr(self, name)[index] for name in names)
-        return ConditionalProposal(self.column, self.rate, self.hyper.take(index), *kept)
+        names = ("centre", "to_latent", "to_noise", "log_det", "eigenvalues", "pull", "is_other")
+        kept = {name: getattr(self, name)[index] for name in (*names, "top", "count", "least")}
+        return replace(self, hyper=self.hyper.take(index), **kept)
 
-    def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        here, others = noise[..., :1], noise[..., 1:]
-        h, log_density = self.hyper.propose(here)
-        mean, sd = self._moments(h)
-        x = self.centre.unsqueeze(1) + torch.bmm(mean + sd * others, self.to_latent.mT)
-        j = self.column
-        return torch.cat([x[..., :j], h, x[..., j:]], -1), log_density + self._given_noise(others, sd)
+    def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        j, points = self.column, len(noise)
+        h, log_h = self.hyper.propose(noise[..., j : j + 1])
+        position, log_density, value = torch.empty_like(noise), log_h.clone(), torch.empty_like(log_h)
+        by_square = torch.stack([self.eigenvalues, self.is_other], -1)
+        # Few enough at once for the core's cache: every number is passed over a dozen times.
+        width = max(1, _CACHED // (points * noise.shape[2]))
+        for some in (slice(i, i + width) for i in range(0, noise.shape[1], width)):
+            here, precision = h[:, some], torch.exp(-2.0 * self.rate * h[:, some])
+            mean, sd, log_sd = self._moments(precision)
+            y = torch.addcmul(mean, sd, noise[:, some])
+            y[..., j] = 0.0
+            by_data, size = torch.bmm(y.square(), by_square).unbind(-1)
+            squares = (
+                self.least.unsqueeze(1) + by_data - 2.0 * torch.bmm(y, self.pull.unsqueeze(-1)).squeeze(-1)
+            )
+            value[:, some] = -0.5 * (precision.squeeze(-1) * squares + size)
+            log_density[:, some] += self._given_noise(noise[:, some], log_sd)
+            y[..., j] = here.squeeze(-1)
+            torch.baddbmm(self.centre.unsqueeze(1), y, self.to_latent.mT, out=position[:, some])
+        h = h.squeeze(-1)
+        value += self.log_prior(h) - self.count.unsqueeze(1) * h + self.top.unsqueeze(1)
+        return position, log_density, value
 
     def _log_density(self, position: Tensor) -> Tensor:
-        j = self.column
-        h, x = position[..., j : j + 1], torch.cat([position[..., :j], position[..., j + 1 :]], -1)
-        mean, sd = self._moments(h)
-        noise = (torch.bmm(x - self.centre.unsqueeze(1), self.to_noise.mT) - mean) / sd
-        return self.hyper.log_density(h) + self._given_noise(noise, sd)
+        h = position[..., self.column : self.column + 1]
+        mean, sd, log_sd = self._moments(torch.exp(-2.0 * self.rate * h))
+        noise = (torch.bmm(position - self.centre.unsqueeze(1), self.to_noise.mT) - mean) / sd
+        return self.hyper.log_density(h) + self._given_noise(noise, log_sd)
 
-    def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and sds of the coordinates given h (P, batch, 1), (P, batch, D - 1)."""
-        precision = torch.exp(-2.0 * self.rate * h)
-        variance = 1.0 / (1.0 + precision * self.eigenvalues.unsqueeze(1))
-        return precision * self.pull.unsqueeze(1) * variance, variance.sqrt()
+    def _moments(self, precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and sds of the coordinates given the noise's precision (P, batch, 1), the sum of log sds."""
+        spread = torch.addcmul(torch.ones_like(precision), precision, self.eigenvalues.unsqueeze(1))
+        sd = spread.rsqrt()
+        mean = torch.bmm(precision, self.pull.unsqueeze(1)).mul_(sd).mul_(sd)
+        return mean, sd, -0.5 * spread.log_().sum(-1)
 
-    def _given_noise(self, noise: Tensor, sd: Tensor) -> Tensor:
-        constant = 0.5 * noise.shape[-1] * math.log(2.0 * math.pi)
-        return -(0.5 * noise.square() + sd.log()).sum(-1) - constant - self.log_det.unsqueeze(1)
+    def _given_noise(self, noise: Tensor, log_sd: Tensor) -> Tensor:
+        size = torch.bmm(noise.square(), self.is_other.unsqueeze(-1)).squeeze(-1)
+        constant = 0.5 * (noise.shape[-1] - 1) * math.log(2.0 * math.pi)
+        return -0.5 * size - log_sd - constant - self.log_det.unsqueeze(1)
 
 
 def conditional_proposal(task: Task, points: Tensor) -> ConditionalProposal | None:
@@ -77,17 +104,37 @@ def conditional_proposal(task: Task, points: Tensor) -> ConditionalProposal | No
     if not isinstance(density, AffineDensity) or density.noise_axes is None:
         return None
     axes = density.noise_axes.take(points)
+    others, j, scale = axes.others, axes.scale.column, axes.scale
     shift = axes.from_prior  # the prior's pull at the centre, given as a shift of the centre
+
+    def whole(values: Tensor) -> Tensor:
+        out = values.new_zeros(len(values), values.shape[1] + 1)
+        out[:, others] = values
+        return out
+
+    def square(matrix: Tensor) -> Tensor:
+        out = matrix.new_zeros(len(matrix), len(others) + 1, len(others) + 1)
+        out[:, others.unsqueeze(1), others] = matrix
+        out[:, j, j] = 1.0
+        return out
+
+    centre = axes.centre + torch.bmm(axes.to_latent, shift.unsqueeze(-1)).squeeze(-1)
+    about = 2.0 * axes.from_data - axes.eigenvalues * shift
     return ConditionalProposal(
-        axes.scale.column,
-        axes.scale.rate,
+        j,
+        scale.rate,
+        scale.log_prior,
         _on_grid(axes),
-        axes.centre + torch.bmm(axes.to_latent, shift.unsqueeze(-1)).squeeze(-1),
-        axes.to_latent,
-        axes.to_axes,
+        whole(centre),
+        square(axes.to_latent),
+        square(axes.to_axes),
         axes.log_det,
-        axes.eigenvalues,
-        axes.from_data - axes.eigenvalues * shift,
+        whole(axes.eigenvalues),
+        whole(axes.from_data - axes.eigenvalues * shift),
+        whole(torch.ones_like(shift)),
+        axes.constant + 0.5 * shift.square().sum(1),
+        scale.count * scale.rate,
+        axes.least - (shift * about).sum(1),
     )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from bayestie._engines._protocol import Draws, Task
 from bayestie._psis import good_k, psis
 
+_CHECKED = 8  # draws of a point whose log density is reckoned twice
+_ROUNDING = 1e-10
 NEARLY_CONSTANT = 0.1  # range of log weights under which all draws weigh alike
 
 
@@ -30,8 +32,11 @@ class Proposal(Protocol):
         """The proposal at the points in ``index``."""
         ...
 
-    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise (P, batch, num_noise) -> position (P, batch, num_latent), log density (P, batch)."""
+    def propose(self, noise: Tensor) -> tuple[Tensor, ...]:
+        """Noise (P, batch, num_noise) -> position (P, batch, num_latent), log density (P, batch).
+
+        And the posterior's log joint density (P, batch), where it is at hand.
+        """
         ...
 
 
@@ -86,22 +91,29 @@ class ImportancePool:
 
     def grow(self, proposal: Proposal, index: Tensor, extra: int) -> None:
         """Add ``extra`` draws of the proposal at the points in ``index``."""
-        noise = [
-            self.task.normals(
-                (extra, proposal.num_noise), self.stream, int(self.points[i]), self.rounds[int(i)]
-            )
-            for i in index
-        ]
-        self.add(index, *proposal.take(index).propose(torch.stack(noise)))
+        keys = [(self.stream, int(self.points[i]), self.rounds[int(i)]) for i in index]
+        noise = self.task.normals_of((extra, proposal.num_noise), keys)
+        self.add(index, *proposal.take(index).propose(noise))
 
-    def add(self, index: Tensor, position: Tensor, log_proposal: Tensor) -> None:
-        """Put draws (index, batch, D) of known log density into the pools and weigh these anew."""
-        value = self.task.density.value(self.points[index], position)
+    def add(self, index: Tensor, position: Tensor, log_proposal: Tensor, known: Tensor | None = None) -> None:
+        """Put draws (index, batch, D) of known log density into the pools and weigh these anew.
+
+        ``known`` is the log joint density (index, batch) by the proposal's own reckoning: where it is the
+        model's at the first draws of every point it is taken, elsewhere not.
+        """
+        value, density = known, self.task.density
+        if known is not None:
+            some = density.value(self.points[index], position[:, :_CHECKED])
+            close = (some - known[:, :_CHECKED]).abs() <= _ROUNDING * (1.0 + some.abs())
+            value = known if bool(close.all()) else None
+        if value is None:
+            value = density.value(self.points[index], position)
         log_weight = value - log_proposal
         log_weight = torch.where(torch.isfinite(log_weight), log_weight, -torch.inf)
         for j, i in enumerate(index.tolist()):
             self.rounds[i] += 1
-            self.position[i] = torch.cat([self.position[i], position[j]])
+            before = len(self.value[i])
+            self.position[i] = torch.cat([self.position[i], position[j]]) if before else position[j]
             self.value[i] = torch.cat([self.value[i], value[j]])
             self.log_weight[i] = torch.cat([self.log_weight[i], log_weight[j]])
             self.size[i] = len(self.value[i])

@@ -37,20 +37,26 @@ class LaplaceProposal:
         renumbered = torch.where(kept, kept.long().cumsum(0) - 1, -1)
         return LaplaceProposal(self.fit.take(index), corrected, renumbered)
 
-    def propose(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normals (P, batch, D) -> positions and their log density (P, batch)."""
-        position, log_density = self.fit.propose(noise)
+    def propose(self, noise: Tensor) -> tuple[Tensor, ...]:
+        """As `Proposal.propose`."""
         kept = self.row >= 0
-        if self.corrected is not None and bool(kept.any()):
-            position[kept], log_density[kept] = self.corrected.propose(noise[kept])
+        if self.corrected is None or not bool(kept.any()):
+            return self.fit.propose(noise)
+        if bool(kept.all()):
+            return self.corrected.propose(noise)
+        position, log_density = self.fit.propose(noise)
+        position[kept], log_density[kept] = self.corrected.propose(noise[kept])[:2]
         return position, log_density
 
     def log_density(self, position: Tensor) -> Tensor:
         """Log density at positions (P, batch, D)."""
-        log_density = self.fit.log_density(position)
         kept = self.row >= 0
-        if self.corrected is not None and bool(kept.any()):
-            log_density[kept] = self.corrected.log_density(position[kept])
+        if self.corrected is None or not bool(kept.any()):
+            return self.fit.log_density(position)
+        if bool(kept.all()):
+            return self.corrected.log_density(position)
+        log_density = self.fit.log_density(position)
+        log_density[kept] = self.corrected.log_density(position[kept])
         return log_density
 
 

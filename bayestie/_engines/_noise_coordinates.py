@@ -34,6 +34,13 @@ class NoiseCoordinates:
 
     def __post_init__(self) -> None:
         self._width = self.width * self.scale
+        # The axes' map, with a place for h that leaves it as it is.
+        others, j = self.axes.others, self.axes.scale.column
+        self._start, size = torch.zeros_like(self.centre), self.centre.shape[1]
+        self._start[:, others] = self.axes.centre
+        self._to_latent = self.centre.new_zeros(len(self.centre), size, size)
+        self._to_latent[:, others.unsqueeze(1), others] = self.axes.to_latent
+        self._to_latent[:, j, j] = 1.0
         self._native = None if self.prior is None else self._compiled(self.prior)
 
     def take(self, index: Tensor) -> "NoiseCoordinates":
@@ -43,10 +50,7 @@ class NoiseCoordinates:
 
     def to_position(self, z: Tensor) -> Tensor:
         """(P, batch, D) -> (P, batch, num_latent)."""
-        at, axes = self._at(z), self.axes
-        position = at.clone()
-        position[..., axes.others] = axes.centre.unsqueeze(1) + at[..., axes.others] @ axes.to_latent.mT
-        return position
+        return torch.baddbmm(self._start.unsqueeze(1), self._at(z), self._to_latent.mT)
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `Coordinates.evaluate`."""

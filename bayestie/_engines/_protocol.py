@@ -1,8 +1,9 @@
 """What an engine is given and what it gives back."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from bayestie._density import Density
 from bayestie._engines._whitened import Whitened
 from bayestie._program import LaneProgram
 from bayestie._sparse_density import SparseDensity
+from bayestie._workers import run_all
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class Task:
         """Standard normals of their own stream ``key``."""
         noise = self.generator(*key).standard_normal(shape)
         return torch.as_tensor(noise, dtype=self.program.dtype, device=self.program.device)
+
+    def normals_of(self, shape: tuple[int, ...], keys: Sequence[tuple[int, ...]]) -> Tensor:
+        """The same of several streams, (keys, *shape), a thread to each."""
+        noise = torch.empty(len(keys), *shape, dtype=torch.float64)
+
+        def fill(key: tuple[int, ...], out: np.ndarray) -> None:
+            self.generator(*key).standard_normal(out=out)
+
+        run_all([partial(fill, key, out) for key, out in zip(keys, noise.numpy(), strict=True)])
+        return noise.to(dtype=self.program.dtype, device=self.program.device)
 
 
 class Interrupted(KeyboardInterrupt):
