@@ -18,8 +18,6 @@ from bayestie._engines._by_points import ByPoints
 from bayestie._engines._protocol import Task
 from bayestie._noise_axes import NoiseAxes
 
-_CACHED = 1 << 15  # numbers worked on at once
-
 
 @dataclass
 class ConditionalProposal(ByPoints):
@@ -56,28 +54,19 @@ class ConditionalProposal(ByPoints):
         return replace(self, hyper=self.hyper.take(index), **kept)
 
     def _propose(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        j, points = self.column, len(noise)
+        j = self.column
         h, log_h = self.hyper.propose(noise[..., j : j + 1])
-        position, log_density, value = torch.empty_like(noise), log_h.clone(), torch.empty_like(log_h)
-        by_square = torch.stack([self.eigenvalues, self.is_other], -1)
-        # Few enough at once for the core's cache: every number is passed over a dozen times.
-        width = max(1, _CACHED // (points * noise.shape[2]))
-        for some in (slice(i, i + width) for i in range(0, noise.shape[1], width)):
-            here, precision = h[:, some], torch.exp(-2.0 * self.rate * h[:, some])
-            mean, sd, log_sd = self._moments(precision)
-            y = torch.addcmul(mean, sd, noise[:, some])
-            y[..., j] = 0.0
-            by_data, size = torch.bmm(y.square(), by_square).unbind(-1)
-            squares = (
-                self.least.unsqueeze(1) + by_data - 2.0 * torch.bmm(y, self.pull.unsqueeze(-1)).squeeze(-1)
-            )
-            value[:, some] = -0.5 * (precision.squeeze(-1) * squares + size)
-            log_density[:, some] += self._given_noise(noise[:, some], log_sd)
-            y[..., j] = here.squeeze(-1)
-            torch.baddbmm(self.centre.unsqueeze(1), y, self.to_latent.mT, out=position[:, some])
-        h = h.squeeze(-1)
-        value += self.log_prior(h) - self.count.unsqueeze(1) * h + self.top.unsqueeze(1)
-        return position, log_density, value
+        precision, h = torch.exp(-2.0 * self.rate * h), h.squeeze(-1)
+        mean, sd, log_sd = self._moments(precision)
+        y = torch.addcmul(mean, sd, noise)
+        y[..., j] = 0.0
+        by_data, size = torch.bmm(y.square(), torch.stack([self.eigenvalues, self.is_other], -1)).unbind(-1)
+        squares = self.least.unsqueeze(1) + by_data - 2.0 * torch.bmm(y, self.pull.unsqueeze(-1)).squeeze(-1)
+        value = self.top.unsqueeze(1) + self.log_prior(h) - self.count.unsqueeze(1) * h
+        value -= 0.5 * (precision.squeeze(-1) * squares + size)
+        y[..., j] = h
+        position = torch.baddbmm(self.centre.unsqueeze(1), y, self.to_latent.mT)
+        return position, log_h + self._given_noise(noise, log_sd), value
 
     def _log_density(self, position: Tensor) -> Tensor:
         h = position[..., self.column : self.column + 1]
