@@ -26,6 +26,8 @@ class Part:
         """(P, M, batch) -> (P, batch), without the natural form's linear part; overwrites its rows of eta."""
         if self.natural is None:
             return self.family.log_density(self.constants, self.predictors(eta)).sum(1)
+        if self.weight is None:
+            return -self.natural.cumulant.total_(eta[:, self.rows])
         return -self._total(self.natural.cumulant.value_(eta[:, self.rows]))
 
     def value_and_slope_(self, eta: Tensor, work: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Cumulant:
     name: str
     value: Callable[[Tensor], Tensor]
     value_: Callable[[Tensor], Tensor]
+    total_: Callable[[Tensor], Tensor]  # of rows (P, M, batch): summed over M
     # (eta, work) -> A(eta), written to work; eta becomes limit - A'(eta)
     value_and_slope_: Callable[[Tensor, Tensor], Tensor]
     limit: float
@@ -96,20 +97,41 @@ def _gaussian_value_and_slope(eta: Tensor, work: Tensor) -> Tensor:
     return work
 
 
+_FACTORS = 8  # whose logarithms are taken as one
+
+
+def _logistic_total(eta: Tensor) -> Tensor:
+    odds = eta.exp_().add_(1.0)
+    whole = odds.shape[1] // _FACTORS * _FACTORS
+    products = odds[:, :whole].unflatten(1, (-1, _FACTORS)).prod(2) if whole else odds[:, :0]
+    return products.log_().sum(1) + odds[:, whole:].log_().sum(1)
+
+
 _LOGISTIC = Cumulant(
     "logistic",
     torch.nn.functional.softplus,
     lambda eta: eta.exp_().add_(1.0).log_(),
+    _logistic_total,
     _logistic_value_and_slope,
     1.0,
     lambda eta: 0.25 / torch.cosh(0.5 * eta).square(),
     math.log(2.0),
 )
-_POISSON = Cumulant("poisson", torch.exp, torch.exp_, _poisson_value_and_slope, 0.0, torch.exp, 1.0)
+_POISSON = Cumulant(
+    "poisson",
+    torch.exp,
+    torch.exp_,
+    lambda eta: eta.exp_().sum(1),
+    _poisson_value_and_slope,
+    0.0,
+    torch.exp,
+    1.0,
+)
 _GAUSSIAN = Cumulant(
     "gaussian",
     lambda eta: 0.5 * eta.square(),
     lambda eta: eta.square_().mul_(0.5),
+    lambda eta: 0.5 * eta.square_().sum(1),
     _gaussian_value_and_slope,
     0.0,
     torch.ones_like,
