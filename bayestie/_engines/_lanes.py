@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayestie._engines._axis_map import AxisMap
+from bayestie._engines._centring import Centring
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
 from bayestie._engines._trajectories import MAX_DEPTH, STATISTICS, Trajectories
@@ -78,7 +79,10 @@ class StepSize:
 
 @dataclass
 class Coordinates:
-    """The sampler's coordinates z of every point: u = mode + factor T(scale z), without a map T(x) = x."""
+    """The sampler's coordinates z of every point: mode + factor T(scale z), without a map T(x) = x.
+
+    That is u, or where there is a centring the coordinates that it turns into u.
+    """
 
     task: Task
     fit: LaplaceFit
@@ -86,6 +90,7 @@ class Coordinates:
     map: AxisMap | None
     rows: "SparseRows | None" = None  # the likelihoods, where ticks are compiled
     native: "NativeAffine | None" = None  # made of them about the fit
+    centring: Centring | None = None
 
     def __post_init__(self) -> None:
         if self.rows is not None and (self.native is None or self.native.fit is not self.fit):
@@ -96,25 +101,39 @@ class Coordinates:
     def take(self, index: Tensor) -> "Coordinates":
         map = None if self.map is None else self.map.take(index)
         fit, scale = self.fit.take(index), self.scale[index]
-        if self.native is None:
-            return Coordinates(self.task, fit, scale, map)
-        native = self.native.take(index, fit)
-        return Coordinates(self.task, fit, scale, map, native.rows, native)
+        centring = None if self.centring is None else self.centring.take(index)
+        native = None if self.native is None else self.native.take(index, fit)
+        rows = None if native is None else native.rows
+        return Coordinates(self.task, fit, scale, map, rows, native, centring)
 
     def to_position(self, z: Tensor) -> Tensor:
         """(P, batch, D) -> (P, batch, num_latent)."""
+        straight = self.straight(z)
+        return straight if self.centring is None else self.centring.to_latent(straight)
+
+    def straight(self, z: Tensor) -> Tensor:
+        """mode + factor T(scale z), (P, batch, D)."""
         scaled = z * self.scale.unsqueeze(1)
         return self.fit.to_position(scaled if self.map is None else self.map(scaled)[0])
+
+    def evaluate_straight(self, straight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log density of u, and of `straight` (P, batch, D) with its gradient by that."""
+        density, points = self.task.density, self.fit.points
+        if self.centring is None:
+            value, grad = density.value_and_grad(points, straight)
+            return value, value, grad
+        value, grad = density.value_and_grad(points, self.centring.to_latent(straight))
+        return value, *self.centring.pull_back(straight, value, grad)
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log density of u (P, batch); that of z but for a constant, and its gradient by z."""
         scaled, slope, bend = z * self.scale.unsqueeze(1), None, None
         if self.map is not None:
             scaled, slope, bend = self.map(scaled)
-        value, grad = self.task.density.value_and_grad(self.fit.points, self.fit.to_position(scaled))
-        grad, own = torch.bmm(grad, self.fit.factor), value
+        value, own, grad = self.evaluate_straight(self.fit.to_position(scaled))
+        grad = torch.bmm(grad, self.fit.factor)
         if slope is not None and bend is not None:
-            own, grad = value + slope.log().sum(-1), grad * slope + bend / slope
+            own, grad = own + slope.log().sum(-1), grad * slope + bend / slope
         return value, own, grad * self.scale.unsqueeze(1)
 
     def whole_ticks(self, state: Trajectories, uniforms: Tensor, momenta: "Momenta") -> "AffineTicks | None":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayestie._engines._axis_map import axis_map
+from bayestie._engines._centring import centring, learned_strengths
 from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, Round, StepSize
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
@@ -245,6 +246,8 @@ class _Sampler:
         short = min(12, max(6, STEP_TRAJECTORIES // self.num_chains))
         # The first steps may be far too small; shallow trees keep them cheap.
         result = self._run(short, adapt=True, max_depth=5)
+        if self._centre(result.z[:, :, short // 3 :]):
+            result = self._run(short, adapt=True, max_depth=7)
         self._choose_metric(result.z[:, :, short // 3 :])
         window = max(16, METRIC_DRAWS // self.num_chains)
         for factor in (1,) if bool(self.at.fit.converged.all()) else (1, 2):
@@ -278,6 +281,28 @@ class _Sampler:
         gains[0] *= GAIN
         self.step.log_step = self.step.log_step + longer.log()[torch.stack(gains).argmax(0)]
 
+    def _centre(self, z: Tensor) -> bool:
+        """Copies that data know in coordinates that their learned strength does not pull at; whether any."""
+        at = self.at
+        if not isinstance(at, Coordinates) or at.map is not None or bool(self.group.any()):
+            return False
+        strengths = learned_strengths(self.task.program)
+        if strengths is None:
+            return False
+        middle = at.to_position(z.flatten(1, 2)).median(1).values
+        precision = -self.task.density.hessian(self.points, middle).diagonal(dim1=1, dim2=2)
+        found = centring(strengths, middle, precision)
+        if found is None:
+            return False
+        last = found.from_latent(at.to_position(self.z))
+        mode, factor = found.straightened(at.fit.mode, at.fit.factor * at.scale.unsqueeze(1))
+        fit = replace(at.fit, mode=mode, factor=factor)
+        self.at = replace(at, fit=fit, scale=torch.ones_like(at.scale), centring=found)
+        away = (last - mode.unsqueeze(1)).mT
+        self.z = torch.linalg.solve(factor, away).mT.contiguous()
+        self.step.restart(self.num_chains)
+        return True
+
     def _choose_metric(self, z: Tensor) -> bool:
         """Take latents by themselves, each in its own scale, where Laplace's axes suit the draws less.
 
@@ -287,8 +312,8 @@ class _Sampler:
         if not isinstance(self.at, Coordinates) or self.at.map is not None:
             return False
         at, draws = self.at, z.flatten(1, 2)
-        position = at.to_position(draws)
-        _, slope = self.task.density.value_and_grad(self.points, position)
+        position = at.straight(draws)
+        _, _, slope = at.evaluate_straight(position)
         _, _, own_slope = at.evaluate(draws)
         ours, _ = fisher_divergence(self._about_modes(draws), own_slope)
         plain, scale = fisher_divergence(self._about_modes(position), slope)
@@ -300,7 +325,7 @@ class _Sampler:
         log_det = torch.where(chosen, scale.log().sum(1), at.fit.log_det)
         fit = replace(at.fit, mode=mean, factor=factor, log_det=log_det)
         self.at = replace(at, fit=fit, scale=torch.where(chosen.unsqueeze(1), 1.0, at.scale))
-        last = at.to_position(self.z)
+        last = at.straight(self.z)
         moved = (last - mean.unsqueeze(1)) / scale.unsqueeze(1)
         self.z = torch.where(chosen.view(-1, 1, 1), moved, self.z)
         restarted = math.log(0.8) - 0.25 * math.log(z.shape[-1])
