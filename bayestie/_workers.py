@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,17 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     found = run_all([partial(torch.linalg.eigh, part) for part in matrices.split(share)])
     values, vectors = zip(*found, strict=True)
     return torch.cat(values), torch.cat(vectors)
+
+
+def solve(matrices: Tensor, right: Tensor) -> Tensor:
+    """x (P, D, n) with matrices (P, D, D) times x = right (P, D, n).
+
+    By numpy's LAPACK: torch factorises a batch on several threads at once, which MKL does not bear beyond
+    some 150 rows (an error, wrong numbers or no end: pytorch/pytorch#142815).
+    """
+    if matrices.device.type != "cpu":
+        return torch.linalg.solve(matrices, right)
+    return torch.from_numpy(np.linalg.solve(matrices.detach().numpy(), right.detach().numpy()))
 
 
 @contextlib.contextmanager

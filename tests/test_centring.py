@@ -1,6 +1,7 @@
 """Coordinates of copies whose strength is learned, by autograd; what they are for, by quadrature."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -154,12 +155,12 @@ def log_sigma_moments(y: torch.Tensor) -> tuple[float, float]:
 
 def test_copies_that_data_hold_are_walked_with_their_strength_unknown():
     y = 0.3 + 0.4 * numbers(COPIES, seed=7) + NOISE * numbers(EACH, COPIES, seed=8)
-    tree = bt.fit(held, y, engine="nuts", num_draws=500)
-    assert bool(tree["sweep"]["certified"]), str(tree["sweep"]["reason"].values)
+    tree: Any = bt.fit(held, y, engine="nuts", num_draws=500)
+    assert bool(tree.sweep.certified), str(tree.sweep.reason.values)
     # 40 and more where z is walked itself.
-    assert float(tree["sample_stats"]["n_steps"].mean()) < 16
-    h = np.log(tree["posterior"]["sigma"].values)
+    assert float(tree.sample_stats.n_steps.mean()) < 16
+    h = np.log(tree.posterior.sigma.values)
     mean, sd = log_sigma_moments(y)
-    effective = float(tree["sweep"]["min_ess_bulk"])
+    effective = float(tree.sweep.min_ess_bulk)
     assert abs(h.mean() - mean) < 4.0 * sd / math.sqrt(effective)
     assert abs(h.std() / sd - 1.0) < 4.0 * math.sqrt(1.0 / effective)

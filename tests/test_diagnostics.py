@@ -10,6 +10,7 @@ from zoo import numbers
 
 from bayestie._diagnostics import convergence
 from bayestie._engines._quality import MAX_RHAT, draws_for_rhat, qualities
+from bayestie._workers import solve
 
 
 def chains(kind: str, num_chains: int, num_draws: int) -> np.ndarray:
@@ -73,3 +74,15 @@ def test_draws_planned_for_rhat_are_about_as_many_as_it_takes(columns, chains):
     assert good >= 49  # 60 of 80 at least, less three binomial standard deviations
     fewer = sum(rhat < MAX_RHAT for rhat, _, _ in qualities(independent[:, :, : round(0.4 * draws)]))
     assert fewer < 60  # so they are not 2.5 times too many
+
+
+def test_equations_are_solved_on_several_threads():
+    # torch.linalg.solve of this batch, two threads: an error of MKL, or no end.
+    matrices, right = numbers(4, 300, 300, seed=1), numbers(4, 300, 2, seed=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = solve(matrices, right)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(matrices @ found, right, rtol=1e-8, atol=1e-8)

@@ -16,6 +16,7 @@ from torch import Tensor
 from bayestie._engines._by_points import ByPoints
 from bayestie._engines._laplace_fit import LaplaceFit
 from bayestie._engines._protocol import Task
+from bayestie._workers import solve
 
 # Where a profile is evaluated, in Laplace standard deviations, on either side.
 _SIDE = (0.4, 0.8, 1.3, 1.9, 2.6, 3.5, 4.7, 6.5, 9.0, 13.0, 20.0, 32.0, 50.0)
@@ -68,7 +69,7 @@ class AxisProposal(ByPoints):
         return left + (right - left) * inside, low + slope * inside
 
     def _log_density(self, position: Tensor) -> Tensor:
-        t = torch.linalg.solve(self.factor, (position - self.mode.unsqueeze(1)).mT)  # (P, D, batch)
+        t = solve(self.factor, (position - self.mode.unsqueeze(1)).mT)  # (P, D, batch)
         cell = torch.searchsorted(self.edges, t.contiguous(), right=True).clamp(1, len(self.edges) - 1) - 1
         low, high = self.log_height.gather(-1, cell), self.log_height.gather(-1, cell + 1)
         share = (t - self.edges[cell]) / (self.edges[cell + 1] - self.edges[cell])

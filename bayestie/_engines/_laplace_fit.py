@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from bayestie._affine import AffineDensity
@@ -12,6 +13,8 @@ from bayestie._engines._protocol import Task
 from bayestie._workers import eigh
 
 MAX_ITERATIONS = 100
+MANY_LATENTS = 200  # of a density whose curvature is one gradient per latent
+APPROACH = 1000  # iterations of L-BFGS, at most
 LEAST_GAIN = 0.1  # of the step times the gradient: Newton's quadratic gains half
 _NEWTON_STEPS = 2.0 ** -torch.arange(0, 12, dtype=torch.float64)
 
@@ -73,7 +76,7 @@ def fit_laplace(task: Task, points: Tensor, start: Tensor | None = None, *, only
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return LaplaceFit(points, centre, factor, log_det, found & (info == 0), num_modes, centre)
     start = task.normals((len(points), dim), 101) * 1e-3 if start is None else start
-    mode, value, converged = _newton(task, points, start)
+    mode, value, converged = _newton(task, points, _approached(task, points, start))
     num_modes = torch.ones(len(points), dtype=torch.long, device=points.device)
     other = mode
     if not (only or _is_log_concave(task)):
@@ -105,7 +108,9 @@ def _other_starts(
     starts = [
         task.generator(102, i).uniform(-2.0, 2.0, (len(chosen), mode.shape[1])) for i in range(attempts)
     ]
-    found = _newton(task, points[chosen.repeat(attempts)], torch.as_tensor(np.concatenate(starts)).to(mode))
+    others = points[chosen.repeat(attempts)]
+    begin = torch.as_tensor(np.concatenate(starts)).to(mode)
+    found = _newton(task, others, _approached(task, others, begin))
     second = torch.full_like(mode, torch.nan)
     for position, its_value, its_end in zip(*(x.split(len(chosen)) for x in found), strict=True):
         apart = (position - mode[chosen]).abs().amax(-1) > 1e-3 * (1.0 + mode[chosen].abs().amax(-1))
@@ -121,6 +126,31 @@ def _other_starts(
     # One point with two modes: doubt all.
     nearest = two[(torch.arange(count, device=two.device).unsqueeze(1) - two).abs().argmin(1)]
     return mode, converged, num_modes.clamp(min=2), second[nearest]
+
+
+def _approached(task: Task, points: Tensor, start: Tensor) -> Tensor:
+    """Positions (P, D) near a mode, by L-BFGS where curvature costs a gradient for each of many latents.
+
+    Newton's method needs dozens of steps from afar; of these, gradients take the most.
+    """
+    density, dim = task.density, start.shape[1]
+    if dim <= MANY_LATENTS or density.route != "program":
+        return start
+
+    def negative(u: np.ndarray, point: Tensor) -> tuple[float, np.ndarray]:
+        value, grad = density.value_and_grad(point, torch.as_tensor(u).to(start).view(1, 1, dim))
+        if not bool(torch.isfinite(value)):
+            return float("inf"), np.zeros(dim)
+        return -float(value), -torch.nan_to_num(grad).view(-1).cpu().numpy().astype(float)
+
+    found = start.clone()
+    for i in range(len(points)):
+        begin = start[i].cpu().numpy().astype(float)
+        result = minimize(
+            negative, begin, (points[i : i + 1],), method="L-BFGS-B", jac=True, options={"maxiter": APPROACH}
+        )
+        found[i] = torch.as_tensor(result.x).to(start)
+    return found
 
 
 def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:

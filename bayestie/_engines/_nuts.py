@@ -18,7 +18,7 @@ from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import MAX_RHAT, chain_verdict, draws_for_rhat, is_good, qualities
-from bayestie._workers import run_all
+from bayestie._workers import run_all, solve
 
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
 STEP_TRAJECTORIES = 96
@@ -192,7 +192,7 @@ class _Sampler:
         chains = torch.arange(self.num_chains, device=self.z.device)
         self.group = chains // self.pieces % 2 * int(bool((fit.num_modes > 1).any()))
         if bool(self.group.any()) and isinstance(self.at, Coordinates):
-            away = torch.linalg.solve(self.at.fit.factor, (fit.other_mode - fit.mode).unsqueeze(-1)).mT
+            away = solve(self.at.fit.factor, (fit.other_mode - fit.mode).unsqueeze(-1)).mT
             self.z += away * self.group.unsqueeze(1)
         self.step = StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(fit.mode))
         self.useful = self.executed = 0
@@ -299,7 +299,7 @@ class _Sampler:
         fit = replace(at.fit, mode=mode, factor=factor)
         self.at = replace(at, fit=fit, scale=torch.ones_like(at.scale), centring=found)
         away = (last - mode.unsqueeze(1)).mT
-        self.z = torch.linalg.solve(factor, away).mT.contiguous()
+        self.z = solve(factor, away).mT.contiguous()
         self.step.restart(self.num_chains)
         return True
 
