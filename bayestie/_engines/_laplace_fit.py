@@ -137,20 +137,20 @@ def _approached(task: Task, points: Tensor, start: Tensor) -> Tensor:
     if dim <= MANY_LATENTS or density.route != "program":
         return start
 
-    def negative(u: np.ndarray, point: Tensor) -> tuple[float, np.ndarray]:
-        value, grad = density.value_and_grad(point, torch.as_tensor(u).to(start).view(1, 1, dim))
-        if not bool(torch.isfinite(value)):
-            return float("inf"), np.zeros(dim)
-        return -float(value), -torch.nan_to_num(grad).view(-1).cpu().numpy().astype(float)
+    def negative(u: np.ndarray) -> tuple[float, np.ndarray]:
+        position = torch.as_tensor(u).to(start).view(len(points), 1, dim)
+        value, grad = (x.squeeze(1) for x in density.value_and_grad(points, position))
+        finite = torch.isfinite(value) & torch.isfinite(grad).all(1)
+        total = -float(value[finite].sum()) if bool(finite.all()) else float("inf")
+        return total, -torch.where(finite.unsqueeze(1), grad, 0.0).reshape(-1).cpu().numpy().astype(float)
 
-    found = start.clone()
-    for i in range(len(points)):
-        begin = start[i].cpu().numpy().astype(float)
-        result = minimize(
-            negative, begin, (points[i : i + 1],), method="L-BFGS-B", jac=True, options={"maxiter": APPROACH}
-        )
-        found[i] = torch.as_tensor(result.x).to(start)
-    return found
+    # All points as one problem: that its parts have nothing to do with one another, L-BFGS finds out.
+    begin, options = (
+        start.reshape(-1).cpu().numpy().astype(float),
+        {"maxiter": APPROACH, "maxfun": 2 * APPROACH},
+    )
+    result = minimize(negative, begin, method="L-BFGS-B", jac=True, options=options)
+    return torch.as_tensor(result.x).to(start).view(start.shape)
 
 
 def _newton(task: Task, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
