@@ -284,7 +284,9 @@ class _Sampler:
     def _centre(self, z: Tensor) -> bool:
         """Copies that data know in coordinates that their learned strength does not pull at; whether any."""
         at = self.at
-        if not isinstance(at, Coordinates) or at.map is not None or bool(self.group.any()):
+        if not isinstance(at, Coordinates) or at.map is not None or at.rows is not None:
+            return False  # maps, and compiled ticks, are of the latents themselves
+        if bool(self.group.any()):
             return False
         strengths = learned_strengths(self.task.program)
         if strengths is None:
