@@ -1,7 +1,7 @@
 """Draws of a lane program -> named arrays: sites, log likelihood, log prior, tie energies, predictions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,12 @@ def describe_lane(
     return out | parameters
 
 
-def quantities(program: LaneProgram, points: Tensor, position: Tensor) -> Tensor:
-    """All posterior variables of draws (P, chains, draws, D) as columns (P, chains, draws, Q)."""
-    lead = position.shape[:-1]
-    arrays = _vectorised(program, points, position, lambda key: key.startswith("posterior/"))
+def quantities(program: LaneProgram, points: Tensor, position: Tensor, names: Sequence[str] = ()) -> Tensor:
+    """Posterior variables, all or those ``names``, of draws (P, chains, draws, D) as columns (..., Q)."""
+    lead, wanted = position.shape[:-1], {f"posterior/{name}" for name in names}
+    arrays = _vectorised(
+        program, points, position, lambda key: key in wanted if wanted else key.startswith("posterior/")
+    )
     columns = [x.reshape(*lead, -1) for x in arrays.values() if x.is_floating_point()]
     return torch.cat(columns, -1)
 

@@ -19,6 +19,7 @@ RESERVED = (
     "keep",
     "guide",
     "schedule",
+    "monitor",
     "progress",
     "out",
     "executor",

@@ -27,6 +27,7 @@ from bayestie._engines import (
     LaplaceFit,
     LaplaceProposal,
     Task,
+    has_no_use_for_a_mode,
     run_laplace,
     run_nuts,
     run_pyro_nuts,
@@ -46,6 +47,7 @@ from bayestie._sweep_options import (
     Progress,
     check_clash,
     check_executor,
+    check_monitor,
     check_start,
     checked_over,
 )
@@ -103,6 +105,7 @@ def fit(
     device: str | torch.device | None = None,
     guide: str | None = None,
     schedule: Mapping[str, Sequence[float]] | None = None,
+    monitor: Sequence[str] | None = None,
     keep: Sequence[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
@@ -130,6 +133,12 @@ def fit(
             ``{"sigma": strengths(0.1, 30, 12)[::-1]}``: the search for the mode, or the guide of engine svi,
             begins at the first of them, where it may be easy, and carries the copies along. What is
             sampled in the end is the same; of several modes another may be found.
+        monitor: names of the latent and deterministic sites whose R-hat and effective sample size decide how
+            long nuts draws and whether its chains are certified (and those of pyro_nuts); all by default.
+            Weights of a net are known only up to the order and the signs of its units, and their chains
+            need never meet: name a ``pyro.deterministic`` of what data do identify, such as its predictions.
+            Of a model with more than 200 latents and no linear predictors, ``auto`` and ``nuts`` then look
+            for no mode, and give no evidence of their own.
         keep: groups to store, of ``posterior``, ``log_likelihood``, ``log_prior``,
             ``posterior_predictive``, ``overlap``; by default all that fit in memory comfortably.
         dims: names of a variable's axes, as in ArviZ: ``{"theta": ["school"]}``. Axes of plates carry
@@ -163,8 +172,8 @@ def fit(
     """
     options = Options(
         engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
-        device=device, guide=guide, schedule=schedule, keep=keep, dims=dims, coords=coords, progress=progress,
-        out=out,
+        device=device, guide=guide, schedule=schedule, monitor=monitor, keep=keep, dims=dims, coords=coords,
+        progress=progress, out=out,
     )  # fmt: skip
     return _run("fit", model, args, kwargs, {}, options)
 
@@ -182,6 +191,7 @@ def sweep(
     device: str | torch.device | None = None,
     guide: str | None = None,
     schedule: Mapping[str, Sequence[float]] | None = None,
+    monitor: Sequence[str] | None = None,
     keep: Sequence[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
@@ -206,6 +216,7 @@ def sweep(
         guide: of the variational engines.
         schedule: strengths every fit passes through first, as in `fit`; a strength leaves a falling schedule
             where that would go below it.
+        monitor: names of the sites that must mix, as in `fit`.
         keep: groups to store.
         dims: names of a variable's axes.
         coords: labels of a dimension.
@@ -229,8 +240,8 @@ def sweep(
     values = checked_over(over)
     options = Options(
         engine=engine, seed=seed, num_chains=num_chains, num_draws=num_draws, target_ess=target_ess,
-        device=device, guide=guide, schedule=schedule, keep=keep, dims=dims, coords=coords, progress=progress,
-        out=out,
+        device=device, guide=guide, schedule=schedule, monitor=monitor, keep=keep, dims=dims, coords=coords,
+        progress=progress, out=out,
     )  # fmt: skip
     if executor is None:
         return _run("sweep", model, args, kwargs, values, options)
@@ -280,6 +291,8 @@ def _run(
     program = LaneProgram(
         model, args, kwargs, points, device=resolve_device(options.device), seed=options.seed
     )
+    monitor = tuple(options.monitor or ())
+    check_monitor(monitor, program)
     sparse, refusal = _sparse_route(program, engine, schedule is not None)
     task = Task(
         program=program,
@@ -291,7 +304,8 @@ def _run(
         seed=options.seed,
         progress=options.reporter(),
         options={} if options.guide is None else {"guide": options.guide},
-        quantities=lambda at, position: quantities(program, at, position),
+        quantities=lambda at, position: quantities(program, at, position, monitor),
+        monitor=monitor,
         sparse=sparse,
         refusal=refusal,
     )
@@ -307,6 +321,8 @@ def _run(
         "density_route": task.density.route if sparse is None else sparse.route,
         "num_latent": program.num_latent,
     }
+    if monitor:
+        attrs["monitor"] = json.dumps(monitor)
     if schedule is not None:
         attrs["schedule"] = json.dumps({name: values.tolist() for name, values in schedule.items()})
     assembly = Assembly(
@@ -398,6 +414,8 @@ def run_engine(
         )
     if engine == "svi":
         return run_svi(task, fit), None
+    if engine in ("auto", "nuts") and fit is None and has_no_use_for_a_mode(task):
+        return run_nuts(task), None
     draws, gaussian = run_laplace(
         task, fit, max_pool=16 if engine == "laplace" else 4 if engine == "auto" else 1
     )

@@ -1,5 +1,6 @@
 """The options of fit and sweep, and what is refused before anything is drawn."""
 
+import difflib
 import math
 import os
 import threading
@@ -21,6 +22,7 @@ from bayestie._errors import (
     StrengthError,
 )
 from bayestie._places import RESULT_SUFFIXES, check_place
+from bayestie._program import LaneProgram
 
 ENGINES = ("auto", "laplace", "nuts", "svi", "pyro_nuts", "pyro_svi")
 GUIDES = ("mean_field", "low_rank", "full_rank")
@@ -39,6 +41,7 @@ class Options:
     device: str | torch.device | None
     guide: str | None
     schedule: Mapping[str, Sequence[float]] | None
+    monitor: Sequence[str] | None
     keep: Sequence[str] | None
     dims: Mapping[str, Sequence[str]] | None
     coords: Mapping[str, Sequence[Any]] | None
@@ -48,6 +51,13 @@ class Options:
     def __post_init__(self) -> None:
         check_options(self.engine, self.num_chains, self.num_draws, self.target_ess, self.guide)
         _check_seed(self.seed)
+        if self.monitor is not None and not _are_names(self.monitor):
+            raise OptionError(
+                "monitor",
+                found=repr(self.monitor)[:80],
+                expected="a list of names of sites, at least one",
+                fix='Write monitor=["probability"]; pyro.deterministic makes a site of a value.',
+            )
         if self.schedule is not None and self.engine.startswith("pyro_"):
             raise OptionError(
                 "schedule",
@@ -151,6 +161,25 @@ def check_options(engine: str, num_chains: int, num_draws: int, target_ess: floa
             expected=f"one of {', '.join(GUIDES)}, with engine 'svi' or 'pyro_svi'",
             fix="Name the engine too: engine='svi'.",
         )
+
+
+def _are_names(given: Any) -> bool:
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    return is_list and len(given) > 0 and all(isinstance(name, str) for name in given)
+
+
+def check_monitor(monitor: Sequence[str], program: LaneProgram) -> None:
+    """Refuse names of what is no posterior variable with numbers in it."""
+    sites = {**program.latent, **program.deterministic}
+    for name in monitor:
+        if name not in sites:
+            near = ", ".join(difflib.get_close_matches(name, sites, n=3))
+            raise NameLookupError(
+                f"monitor '{name}'",
+                found="no such latent or deterministic site" + (f" (did you mean {near}?)" if near else ""),
+                expected=f"one of {sorted(sites)}",
+                fix=f'Correct the name, or state pyro.deterministic("{name}", ...) in the model.',
+            )
 
 
 def check_executor(executor: Executor) -> None:

@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
+from bayestie._constants import fold_constants
 from bayestie._errors import first_line
 from bayestie._run_context import model_defaults
 
 TIERS = ("eager", "traced", "compiled")
 # Tracing a graph costs about as much as this many eager evaluations.
 TRACE_AFTER = 100
-# Seconds, about: of an operation and of each number it makes; of compiling a graph, and of each operation.
-_OPERATION, _NUMBER = 5e-6, 1e-9
+# Seconds, about, that fusing saves: of an operation, and of each number it makes; and that compiling a graph
+# takes, and each operation in it.
+_OPERATION, _NUMBER = 5e-6, 3e-10
 _COMPILER, _COMPILED_OPERATION = 3.0, 0.02
 _AGREE = 1e-10  # relative, of a compiled graph with what it was compiled from
 
@@ -98,8 +100,8 @@ class Tiers:
             # Lanes stay a batch, untraced: a model that reads numbers off tensors (a sequential plate).
             self.trace_failure = described(error)
             return None
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        with self.quiet():
+            fold_constants(graph)
 
         def traced(*tensors: Tensor) -> Any:
             # A constant that the model made without a dtype is made anew by the graph.
@@ -124,12 +126,20 @@ class Tiers:
 
 
 def _calls_worth_compiling(graph: torch.fx.GraphModule) -> float:
-    """After how many calls of a graph they have cost as much as its compilation would."""
+    """After how many calls of a graph compiling it would have saved as much as it costs."""
     operations = [node for node in graph.graph.nodes if node.op == "call_function"]
-    made = [value for node in operations for value in tree_leaves(node.meta.get("val"))]
+    working = [node for node in operations if not _is_view(node)]
+    made = [value for node in working for value in tree_leaves(node.meta.get("val"))]
     numbers = sum(value.numel() for value in made if isinstance(value, Tensor))
-    call = _OPERATION * len(operations) + _NUMBER * numbers
-    return (_COMPILER + _COMPILED_OPERATION * len(operations)) / max(call, _OPERATION)
+    saved = _OPERATION * len(working) + _NUMBER * numbers
+    return (_COMPILER + _COMPILED_OPERATION * len(operations)) / max(saved, _OPERATION)
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    if node.target is torch.ops.aten._unsafe_view.default:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(made.alias_info is not None for made in schema.returns)
 
 
 def _fused(traced: Batched, arguments: Sequence[Tensor]) -> Batched:

@@ -35,6 +35,14 @@ def _ordered_logistic(
     dist.Categorical.__init__(self, p, validate_args=validate_args)
 
 
+def _multinomial_log_prob(self: Any, value: Tensor) -> Tensor:
+    # torch's own writes zeros into logits by a mask, which vmap refuses from torch 2.14 on.
+    logits, value = torch.broadcast_tensors(self.logits, value)
+    logits = torch.where((value == 0) & (logits == -torch.inf), 0.0, logits)
+    arrangements = torch.lgamma(value.sum(-1) + 1.0) - torch.lgamma(value + 1.0).sum(-1)
+    return arrangements + (logits * value).sum(-1)
+
+
 class Enumerate(EnumMessenger):
     """poutine.enum where vmap refuses ``value.data``: only the shape is wanted, which the value has."""
 
@@ -77,6 +85,7 @@ def mended() -> Iterator[None]:
         every_row(),
         mock.patch.object(torch.linalg, "cholesky", _cholesky_or_nan),
         mock.patch.object(dist.OrderedLogistic, "__init__", _ordered_logistic),
+        mock.patch.object(torch.distributions.Multinomial, "log_prob", _multinomial_log_prob),
     ):
         yield
 

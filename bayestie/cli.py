@@ -31,6 +31,7 @@ from bayestie._cli.arguments import (
     Free,
     Hard,
     Model,
+    Monitor,
     Out,
     Over,
     Quiet,
@@ -106,6 +107,7 @@ def fit(
     target_ess: TargetEss = 400,
     device: Device = None,
     schedule: Schedule = None,
+    monitor: Monitor = None,
     out: Out = None,
     report: ReportTo = None,
     quiet: Quiet = False,
@@ -116,7 +118,7 @@ def fit(
     Example: bayestie fit models/eight_schools.py:eight_schools --set sigma=5 --out schools.nc
     """
     job = _Job(model, data, set_ or [], dims or [], {}, out, report, quiet)
-    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or []))
+    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or [], monitor or []))
 
 
 @app.command(epilog=EPILOG)
@@ -136,6 +138,7 @@ def sweep(
     target_ess: TargetEss = 400,
     device: Device = None,
     schedule: Schedule = None,
+    monitor: Monitor = None,
     out: Out = None,
     report: ReportTo = None,
     quiet: Quiet = False,
@@ -151,7 +154,7 @@ def sweep(
 
     strengths = parse_over(over, hard=hard, free=free)
     job = _Job(model, data, set_ or [], dims or [], strengths, out, report, quiet)
-    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or []))
+    job.run(_inference(engine, seed, chains, draws, target_ess, device, schedule or [], monitor or []))
 
 
 @app.command(epilog=EPILOG)
@@ -201,6 +204,7 @@ def _inference(
     target_ess: int,
     device: str | None,
     schedule: list[str],
+    monitor: list[str],
 ) -> dict[str, Any]:
     from bayestie._cli.options import parse_schedule
 
@@ -211,6 +215,7 @@ def _inference(
         "target_ess": target_ess,
         "device": device,
         "schedule": parse_schedule(schedule) or None,
+        "monitor": monitor or None,
     }
     return chosen if draws is None else chosen | {"num_draws": draws}
 

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from benchmarks._contender import NUM_CHAINS, Contender, Progress, Setting, columns
-from benchmarks._hand_written import convolution_constants
 
 
 class Sweep(Contender):
@@ -32,14 +31,13 @@ class Sweep(Contender):
             seed=self.seed,
             num_chains=NUM_CHAINS,
             num_draws=max(setting.draws for setting in settings),
+            monitor=self.workload.monitor or None,
             keep=("posterior",),
             progress=lambda event: progress(int(event.get("strengths_done", 0))),
         )
         progress(len(strengths))
         posterior = self.tree["posterior"]
         names = self.workload.quantities
-        if names == ("probability",):
-            return [_probabilities(posterior.isel(sigma=i), self.data) for i in range(len(strengths))]
         found = {name: np.asarray(posterior[name].transpose("sigma", ...)) for name in names}
         return [columns({n: x[i] for n, x in found.items()}, names) for i in range(len(strengths))]
 
@@ -58,17 +56,3 @@ class SweepNUTS(Sweep):
     """The engine nuts alone."""
 
     engine = "nuts"
-
-
-def _probabilities(posterior: Any, data: dict[str, Any]) -> np.ndarray:
-    """P(digit) of every training image under each draw: weights of a net have symmetries, this has none."""
-    patches = convolution_constants(data["images"].numpy())[0]
-    weight, bias, head, head_bias = (
-        np.asarray(posterior[name]) for name in ("conv.weight", "conv.bias", "head.weight", "head.bias")
-    )
-    weight = weight.reshape(*weight.shape[:4], 9)
-    maps = np.einsum("npk,cdpok->cdnop", patches, weight) + np.swapaxes(bias, -1, -2)[:, :, None]
-    features = np.tanh(maps).reshape(*maps.shape[:3], 36)
-    logits = features @ np.swapaxes(head, -1, -2) + head_bias[:, :, None]
-    odds = np.exp(logits - logits.max(-1, keepdims=True))
-    return (odds / odds.sum(-1, keepdims=True)).reshape(*maps.shape[:2], -1)

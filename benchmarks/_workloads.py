@@ -25,6 +25,7 @@ class Workload:
         low, high, num: strengths, log-spaced.
         quantities: variables whose every element must reach the ESS and R-hat asked for.
         data_options: arguments of the model file's `data`.
+        monitor: of these alone bayestie is to judge its chains; all of its variables where empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Workload:
     num: int
     quantities: tuple[str, ...]
     data_options: dict[str, Any] = field(default_factory=dict)
+    monitor: tuple[str, ...] = ()
 
     @property
     def strengths(self) -> list[float]:
@@ -84,7 +86,8 @@ _ALL = (
         {"num_steps": 100_000},
     ),
     Workload(
-        "W5", "soft convolution on digits", "soft_convolution", 0.05, 2.0, 4, ("probability",), {"num": 100}
+        "W5", "soft convolution on digits", "soft_convolution", 0.05, 2.0, 4, ("probability",), {"num": 100},
+        ("probability",),
     ),
     Workload(
         "W6", "InstEval, crossed effects", "inst_eval", 0.1, 1.0, 4,

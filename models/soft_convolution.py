@@ -29,6 +29,7 @@ def soft_convolution(images, digit, *, sigma):
     layer = bt.nn.soft_conv2d("conv", CONV, (8, 8), sigma, base, form="matched")
     head = bt.nn.bind(HEAD, bt.nn.free_parameters("head", HEAD, bt.nn.fan_in(4.0)))
     logits = head(torch.tanh(layer(images[:, None])).flatten(1))
+    pyro.deterministic("probability", logits.softmax(-1))  # weights may be permuted, this is identified
     with pyro.plate("image", len(images)):
         pyro.sample("digit", dist.Categorical(logits=logits), obs=digit)
 

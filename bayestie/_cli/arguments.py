@@ -58,6 +58,15 @@ Schedule = Annotated[
         rich_help_panel="Inference",
     ),
 ]
+Monitor = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SITE",
+        help="Judge chains by this site alone, such as a net's predictions: its weights need not mix. "
+        "Several times for several.",
+        rich_help_panel="Inference",
+    ),
+]
 Engine = Annotated[
     str,
     typer.Option(

@@ -3,6 +3,7 @@
 from bayestie._engines._laplace import LaplaceProposal, run_laplace
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._nuts import run_nuts
+from bayestie._engines._plain_coordinates import has_no_use_for_a_mode
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._pyro import run_pyro_nuts, run_pyro_svi
 from bayestie._engines._sparse import run_sparse
@@ -20,6 +21,7 @@ __all__ = [
     "carried",
     "evenly",
     "fit_laplace",
+    "has_no_use_for_a_mode",
     "log_normal",
     "run_laplace",
     "run_nuts",

@@ -92,6 +92,10 @@ class Coordinates:
     native: "NativeAffine | None" = None  # made of them about the fit
     centring: Centring | None = None
 
+    @property
+    def points(self) -> Tensor:
+        return self.fit.points
+
     def __post_init__(self) -> None:
         if self.rows is not None and (self.native is None or self.native.fit is not self.fit):
             from bayestie._engines._native_affine import native_affine  # the compiler takes long to import
@@ -157,7 +161,11 @@ class Whitened(Protocol):
     """Coordinates that the lanes move in, in which posteriors are about standard normal."""
 
     task: Task
-    fit: LaplaceFit  # of the points that are left
+
+    @property
+    def points(self) -> Tensor:
+        """Those that are left."""
+        ...
 
     def take(self, index: Tensor) -> "Whitened":
         """Some of the points."""
@@ -306,7 +314,7 @@ class Lanes:
         """(number, L, width): of every point by a generator of its own, for the block that began then."""
         table = (self.lane % self.num_chains).reshape(len(self.rows), -1).cpu().numpy()
         out = np.empty((number, *table.shape, width))
-        task, points = self.coordinates.task, self.coordinates.fit.points.tolist()
+        task, points = self.coordinates.task, self.coordinates.points.tolist()
         for i, (point, chains) in enumerate(zip(points, table, strict=True)):
             rng = task.generator(201, self.stream, point, begin, key)
             # Of all chains, those that are left: what a lane sees is the same whoever has gone.

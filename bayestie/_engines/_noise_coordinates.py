@@ -43,6 +43,10 @@ class NoiseCoordinates:
         self._to_latent[:, j, j] = 1.0
         self._native = None if self.prior is None else self._compiled(self.prior)
 
+    @property
+    def points(self) -> Tensor:
+        return self.fit.points
+
     def take(self, index: Tensor) -> "NoiseCoordinates":
         """Some of the points."""
         kept = {name: getattr(self, name)[index] for name in ("centre", "width", "scale")}

@@ -16,6 +16,11 @@ from bayestie._engines._centring import centring, learned_strengths
 from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, Round, StepSize
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
+from bayestie._engines._plain_coordinates import (
+    PlainCoordinates,
+    has_no_use_for_a_mode,
+    plain_coordinates,
+)
 from bayestie._engines._protocol import Draws, Interrupted, Task
 from bayestie._engines._quality import MAX_RHAT, chain_verdict, draws_for_rhat, is_good, qualities
 from bayestie._workers import run_all, solve
@@ -23,7 +28,7 @@ from bayestie._workers import run_all, solve
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
 STEP_TRAJECTORIES = 96
 METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain gives at least 16
-SHORTEST = 50  # draws of a short chain in a round, at least
+SHORTEST = 40  # draws of a short chain in a round, at least
 EFFICIENCY = 0.5  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 BETTER = 0.8  # of the Fisher divergence of Laplace's axes: that of the latents is to be below
 PROBE = 16  # draws that tell whether the Gaussian at the mode reaches too far
@@ -35,6 +40,9 @@ LEAST_ACCEPTED = 0.65  # of a longer step
 HALVINGS = 2  # of the step where trajectories diverge
 APART = 1.5  # R-hat of chains that do not meet
 LANES = {"cpu": 256, "cuda": 8192}  # lanes that pay for the fixed cost of a tick
+SETTLING = 32  # lanes that look for where the mass is
+WINDOWS = ((10, 4), (16, 5))  # draws of theirs, for the scales of the latents, and the deepest trees
+APART_AFTER = 6  # draws, after which lanes that begin at one point are apart, and their step is known
 MAX_TOTAL = 22  # times what is stored, at most
 _JUDGED = 5_000_000  # numbers judged together
 
@@ -45,9 +53,13 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
     Points that mix but diverge are drawn from again with half the step, as long as that helps.
     """
     points = task.points if points is None else points
-    fit = fit_laplace(task, points) if fit is None else fit
-    sampler = _Sampler(task, points, fit)
-    sampler.warm_up()
+    if fit is None and has_no_use_for_a_mode(task):
+        sampler = _Sampler(task, plain_coordinates(task, points))
+        sampler.settle()
+    else:
+        fit = fit_laplace(task, points) if fit is None else fit
+        sampler = _Sampler(task, _coordinates(task, fit))
+        sampler.warm_up()
     draws, rows = sampler.sample(), list(range(len(points)))
     for halving in range(1, HALVINGS + 1):
         rows = [i for i in rows if not draws.certified[i] and _is_mixed(draws, i, task.target_ess)]
@@ -176,10 +188,9 @@ class _Sampler:
     independent pieces of length n.
     """
 
-    def __init__(self, task: Task, points: Tensor, fit: LaplaceFit):
-        dim = fit.mode.shape[1]
-        self.task, self.points = task, points
-        self.at = _coordinates(task, fit)
+    def __init__(self, task: Task, at: Coordinates | NoiseCoordinates | PlainCoordinates):
+        points, dim = at.points, task.density.num_latent
+        self.task, self.points, self.at = task, points, at
         self.begin = time.perf_counter()
         self.pieces = self._num_pieces(len(points))
         self.num_chains = task.num_chains * self.pieces
@@ -190,11 +201,12 @@ class _Sampler:
         # Where there are two modes, half of the stored chains begin at the other: one that stays alone at a
         # mode would know nothing of the other's mass.
         chains = torch.arange(self.num_chains, device=self.z.device)
-        self.group = chains // self.pieces % 2 * int(bool((fit.num_modes > 1).any()))
-        if bool(self.group.any()) and isinstance(self.at, Coordinates):
-            away = solve(self.at.fit.factor, (fit.other_mode - fit.mode).unsqueeze(-1)).mT
+        several = not isinstance(at, PlainCoordinates) and bool((at.fit.num_modes > 1).any())
+        self.group = chains // self.pieces % 2 * int(several)
+        if several and isinstance(at, Coordinates):
+            away = solve(at.fit.factor, (at.fit.other_mode - at.fit.mode).unsqueeze(-1)).mT
             self.z += away * self.group.unsqueeze(1)
-        self.step = StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(fit.mode))
+        self.step = StepSize(torch.full((len(points),), 0.8 / dim**0.25).to(self.z))
         self.useful = self.executed = 0
         self.stream = 0
 
@@ -250,7 +262,8 @@ class _Sampler:
             result = self._run(short, adapt=True, max_depth=7)
         self._choose_metric(result.z[:, :, short // 3 :])
         window = max(16, METRIC_DRAWS // self.num_chains)
-        for factor in (1,) if bool(self.at.fit.converged.all()) else (1, 2):
+        known = not isinstance(self.at, PlainCoordinates) and bool(self.at.fit.converged.all())
+        for factor in (1,) if known else (1, 2):
             self.step.restart(self.num_chains)
             result = self._run(factor * window, adapt=True, max_depth=7)
             later = result.z[:, :, factor * window // 4 :]
@@ -261,6 +274,30 @@ class _Sampler:
         self.step.finish()
         if self.num_chains >= len(LONGER):
             self._choose_step(2 * short)
+
+    def settle(self) -> None:
+        """Warmup where no mode is known: few lanes from afar, and all lanes on from where these end.
+
+        Windows of draws for the scales of the latents, each with the step that suits the last.
+        """
+        pieces = self.pieces
+        self._split(min(pieces, math.ceil(SETTLING / (len(self.points) * self.task.num_chains))))
+        for num_draws, max_depth in WINDOWS:
+            result = self._run(num_draws, adapt=True, max_depth=max_depth)
+            self._learn_scale(result.z[:, :, num_draws // 3 :])
+            self.step.restart(self.num_chains)
+        self._split(pieces)
+        self._run(APART_AFTER, adapt=True)
+        self.step.finish()
+        if self.num_chains >= len(LONGER):
+            self._choose_step(APART_AFTER)
+
+    def _split(self, pieces: int) -> None:
+        """Have so many short chains to every stored one, begun where those before stand."""
+        begin = self.z.unflatten(1, (self.task.num_chains, self.pieces))
+        self.z = begin[:, :, torch.arange(pieces, device=begin.device) % self.pieces].flatten(1, 2)
+        self.group = self.group.unflatten(0, (-1, self.pieces))[:, :1].expand(-1, pieces).flatten()
+        self.pieces, self.num_chains = pieces, self.task.num_chains * pieces
 
     def _choose_step(self, num_draws: int) -> None:
         """The tuned step, or one of `LONGER` where draws move further for a leapfrog.
@@ -396,7 +433,9 @@ class _Sampler:
         draw = self.at.to_position(self.z[:, :1]).unsqueeze(1)
         if self.task.quantities is not None:
             draw = self.task.quantities(self.points, draw)
-        return draws_for_rhat(draw.shape[-1], self.task.num_chains) / EFFICIENCY
+        # Where a draw is dear, rather look once too often than draw for nothing.
+        efficiency = 1.0 if isinstance(self.at, PlainCoordinates) else EFFICIENCY
+        return draws_for_rhat(draw.shape[-1], self.task.num_chains) / efficiency
 
     def _missing(self, active: Tensor) -> float:
         """How much more half of these points need, as a share of what they have: errors fall as 1 / n."""
@@ -479,7 +518,7 @@ class _Sampler:
             divergences = int(joined["diverging"].sum())
             stats.append({name: x[:, thinned] for name, x in joined.items()})
             total = joined["diverging"].numel()
-            ok, reason = chain_verdict(self.quality[i], divergences, total, task.target_ess)
+            ok, reason = chain_verdict(self.quality[i], divergences, total, task.target_ess, task.monitor)
             if self._apart(i):
                 reason = (
                     f"chains that began at two modes stay apart (functions of the draws may not): {reason}"

@@ -30,8 +30,9 @@ class Task:
     seed: int
     progress: Callable[[dict[str, Any]], None]
     options: dict[str, Any] = field(default_factory=dict)
-    # (points, positions (P, chains, draws, D)) -> all posterior variables (P, chains, draws, Q)
+    # (points, positions (P, chains, draws, D)) -> the posterior variables judged (P, chains, draws, Q)
     quantities: Callable[[Tensor, Tensor], Tensor] | None = None
+    monitor: tuple[str, ...] = ()  # their names, where not all are judged
     sparse: SparseDensity | None = None  # the density in the coordinates of the copies, where it is used
     refusal: str = ""  # why it is not, where it was tried
 

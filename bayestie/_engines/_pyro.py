@@ -164,10 +164,13 @@ def _nuts_point(task: Task, point: int, warmup: int, done: int, total: int) -> D
     log_density = log_density.reshape(1, *position.shape[:2])
     judged = position
     if task.quantities is not None:
-        judged = torch.cat([position, task.quantities(at, position.unsqueeze(0))[0]], -1)
+        judged = task.quantities(at, position.unsqueeze(0))[0]
+        judged = judged if task.monitor else torch.cat([position, judged], -1)
     found = quality(judged)
     divergences = int(stats["diverging"].sum())
-    certified, reason = chain_verdict(found, divergences, stats["diverging"].numel(), task.target_ess)
+    certified, reason = chain_verdict(
+        found, divergences, stats["diverging"].numel(), task.target_ess, task.monitor
+    )
     infinite, nan = log_density.new_full((1,), torch.inf), log_density.new_full((1,), torch.nan)
     return Draws(
         points=at,

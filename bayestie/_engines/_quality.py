@@ -1,5 +1,7 @@
 """When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
 
+from collections.abc import Sequence
+
 from scipy.stats import chi2
 from torch import Tensor
 
@@ -44,11 +46,16 @@ def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
 
 
 def chain_verdict(
-    quality: tuple[float, float, float], divergences: int, total: int, target_ess: float
+    quality: tuple[float, float, float],
+    divergences: int,
+    total: int,
+    target_ess: float,
+    monitor: Sequence[str] = (),
 ) -> tuple[bool, str]:
-    """Certified or not, and why, for chains of ``total`` draws in all."""
+    """Certified or not, and why, for chains of ``total`` draws in all; ``monitor`` names what is judged."""
     rhat, bulk, tail = quality
-    text = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f} over {total} draws"
+    judged = f" of {', '.join(monitor)}" if monitor else ""
+    text = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f}{judged} over {total} draws"
     if not is_good(quality, target_ess):
         return False, f"{text}: wanted R-hat below {MAX_RHAT} and ESS of at least {target_ess:.0f}"
     if divergences > MAX_DIVERGENT * total:
