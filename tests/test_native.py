@@ -96,9 +96,7 @@ def test_a_lane_that_starts_often_leaves_the_momenta_of_others_alone():
     def generator(*key: int) -> np.random.Generator:
         return np.random.default_rng(key)
 
-    coordinates: Any = SimpleNamespace(
-        task=SimpleNamespace(generator=generator), fit=SimpleNamespace(points=torch.tensor([7]))
-    )
+    coordinates: Any = SimpleNamespace(task=SimpleNamespace(generator=generator), points=torch.tensor([7]))
     one, other, drawn = torch.tensor([0]), torch.tensor([1]), []
     for often in (True, False):
         lanes = Lanes(coordinates, torch.zeros(1, 2, DIM).double(), torch.tensor([0]), 1, lambda done: None)

@@ -37,9 +37,10 @@ def test_fisher_divergence_of_a_normal_is_its_closed_form():
     assert float(alone) < 1e-4
 
 
-@pytest.mark.parametrize("strength", ["learned", "known"])
-def test_short_trees_whatever_the_strength(strength):
-    # The joint mode of (sigma, z) is at a sigma far above the posterior's: its curvature misleads.
+@pytest.mark.parametrize(("strength", "seed"), [("learned", 1), ("learned", 2), ("known", 1)])
+def test_short_trees_whatever_the_strength(strength, seed):
+    # The joint mode of (sigma, z) is at a sigma far above the posterior's: its curvature misleads, and so does
+    # what data know of copies there: sigma may be near zero, where centred copies are a funnel.
     generator = torch.Generator().manual_seed(2)
     group = torch.arange(30).repeat_interleave(20)
     truth = 0.4 * torch.randn(30, generator=generator)
@@ -52,7 +53,7 @@ def test_short_trees_whatever_the_strength(strength):
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Bernoulli(logits=theta[group]), obs=y)
 
-    tree = bt.fit(model, y, engine="nuts", seed=1)
+    tree = bt.fit(model, y, engine="nuts", seed=seed)
     assert bool(tree["sweep"].certified)
     assert float(tree.sample_stats["n_steps"].mean()) < 12
 

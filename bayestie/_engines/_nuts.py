@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayestie._engines._axis_map import axis_map
-from bayestie._engines._centring import centring, learned_strengths
+from bayestie._engines._centring import Centring, centring, learned_strengths
 from bayestie._engines._lanes import MAX_DEPTH, STATISTICS, Coordinates, Lanes, Round, StepSize
 from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordinates
@@ -31,6 +31,7 @@ METRIC_DRAWS = 240  # pooled over a point's chains, for its metric; every chain 
 SHORTEST = 40  # draws of a short chain in a round, at least
 EFFICIENCY = 0.5  # effective draws of one draw that rounds plan on: folded ranks of the worst quantity
 BETTER = 0.8  # of the Fisher divergence of Laplace's axes: that of the latents is to be below
+OTHERWISE = 0.15  # another power of a strength than copies are centred by
 PROBE = 16  # draws that tell whether the Gaussian at the mode reaches too far
 FAR = 10.0  # times the median: the length of an axis that is looked into
 FALLEN = 0.6  # a Gaussian's log density falls by a half in one
@@ -267,7 +268,7 @@ class _Sampler:
             self.step.restart(self.num_chains)
             result = self._run(factor * window, adapt=True, max_depth=7)
             later = result.z[:, :, factor * window // 4 :]
-            if not self._choose_metric(later):
+            if not self._recentre(later) and not self._choose_metric(later):
                 self._learn_scale(later)
         self.step.restart(self.num_chains)
         self._run(short, adapt=True)
@@ -325,12 +326,7 @@ class _Sampler:
             return False  # maps, and compiled ticks, are of the latents themselves
         if bool(self.group.any()):
             return False
-        strengths = learned_strengths(self.task.program)
-        if strengths is None:
-            return False
-        middle = at.to_position(z.flatten(1, 2)).median(1).values
-        precision = -self.task.density.hessian(self.points, middle).diagonal(dim1=1, dim2=2)
-        found = centring(strengths, middle, precision)
+        found = self._known(at.to_position(z.flatten(1, 2)))
         if found is None:
             return False
         last = found.from_latent(at.to_position(self.z))
@@ -339,6 +335,40 @@ class _Sampler:
         self.at = replace(at, fit=fit, scale=torch.ones_like(at.scale), centring=found)
         away = (last - mode.unsqueeze(1)).mT
         self.z = solve(factor, away).mT.contiguous()
+        self.step.restart(self.num_chains)
+        return True
+
+    def _known(self, u: Tensor) -> Centring | None:
+        """Centring by what data know of copies where their strength is small for draws u (P, n, D).
+
+        Constant powers of a strength suit where data know alike: the smaller the strength, the less they
+        know, and copies centred by more than that are a funnel, whose neck no step suits.
+        """
+        strengths = learned_strengths(self.task.program)
+        if strengths is None:
+            return None
+        low, middle = u.quantile(0.1, dim=1), u.median(1).values
+        leads = torch.zeros_like(low[0]).index_fill_(0, strengths.by[strengths.rate != 0], 1.0)
+        position = torch.where(leads > 0, low, middle)
+        precision = -self.task.density.hessian(self.points, position).diagonal(dim1=1, dim2=2)
+        return centring(strengths, position, precision)
+
+    def _recentre(self, z: Tensor) -> bool:
+        """Centred copies by less, or by more, where the draws since say so; whether any."""
+        at, before = self.at, getattr(self.at, "centring", None)
+        if not isinstance(at, Coordinates) or before is None:
+            return False
+        u, last = at.to_position(z.flatten(1, 2)), at.to_position(self.z)
+        found = self._known(u)
+        found = replace(before, power=torch.zeros_like(before.power)) if found is None else found
+        if float((found.power - before.power).abs().max()) < OTHERWISE:
+            return False
+        value, grad = self.task.density.value_and_grad(self.points, u)
+        c = found.from_latent(u)
+        _, scale = fisher_divergence(c, found.pull_back(c, value, grad)[1])
+        fit = replace(at.fit, mode=c.mean(1), factor=torch.diag_embed(scale), log_det=scale.log().sum(1))
+        self.at = replace(at, fit=fit, scale=torch.ones_like(at.scale), centring=found)
+        self.z = (found.from_latent(last) - fit.mode.unsqueeze(1)) / scale.unsqueeze(1)
         self.step.restart(self.num_chains)
         return True
 
