@@ -71,6 +71,16 @@ def test_many_latents_are_drawn_without_a_mode(engine):
         assert abs(square.std() - spread) < 4.0 * spread / np.sqrt(2.0 * size)
 
 
+def test_a_net_whose_weights_do_not_mix_is_told_of_monitor():
+    def signs(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(SIZE), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x[:2].prod(), 0.02), obs=y)
+
+    found = bt.fit(signs, torch.tensor(1.0), engine="nuts", seed=0, num_draws=20, num_chains=2)
+    assert not bool(found["sweep"].certified)
+    assert "monitor=" in str(found["sweep"].reason.values)
+
+
 def test_pyro_is_judged_by_the_same_names():
     found = bt.fit(
         folded, torch.tensor(1.0), engine="pyro_nuts", seed=0, num_draws=50, num_chains=2, monitor=["square"]

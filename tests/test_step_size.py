@@ -39,8 +39,8 @@ def test_fisher_divergence_of_a_normal_is_its_closed_form():
 
 @pytest.mark.parametrize(("strength", "seed"), [("learned", 1), ("learned", 2), ("known", 1)])
 def test_short_trees_whatever_the_strength(strength, seed):
-    # The joint mode of (sigma, z) is at a sigma far above the posterior's: its curvature misleads, and so does
-    # what data know of copies there: sigma may be near zero, where centred copies are a funnel.
+    # The joint mode of (sigma, z) is at a sigma far above the posterior's: its curvature misleads, and so
+    # does what data know of copies there: sigma may be near zero, where centred copies are a funnel.
     generator = torch.Generator().manual_seed(2)
     group = torch.arange(30).repeat_interleave(20)
     truth = 0.4 * torch.randn(30, generator=generator)

@@ -19,6 +19,7 @@ from bayestie._engines._noise_coordinates import NoiseCoordinates, noise_coordin
 from bayestie._engines._plain_coordinates import (
     PlainCoordinates,
     has_no_use_for_a_mode,
+    is_many,
     plain_coordinates,
 )
 from bayestie._engines._protocol import Draws, Interrupted, Task
@@ -553,6 +554,8 @@ class _Sampler:
                 reason = (
                     f"chains that began at two modes stay apart (functions of the draws may not): {reason}"
                 )
+            if not ok and is_many(task) and not task.monitor:
+                reason += "; weights of a net need not mix: name what data do identify in monitor="
             certified.append(ok)
             reasons.append(reason)
             total_divergences.append(divergences)

@@ -46,10 +46,15 @@ def plain_coordinates(task: Task, points: Tensor) -> PlainCoordinates:
     return PlainCoordinates(task, points, scale.to(points.device))
 
 
+def is_many(task: Task) -> bool:
+    """Whether latents are many, and in no linear predictor: a net, as a rule."""
+    return task.density.route == "program" and task.density.num_latent > MANY_LATENTS
+
+
 def has_no_use_for_a_mode(task: Task) -> bool:
-    """Whether latents are many, in no linear predictor, and not what the user wants to know.
+    """Whether they are, and not what the user wants to know.
 
     A net has as many modes as its units have orders and signs, and most of the posterior is near none of
     them: the Gaussian at one, dear to find, would be believed by no check.
     """
-    return bool(task.monitor) and task.density.route == "program" and task.density.num_latent > MANY_LATENTS
+    return bool(task.monitor) and is_many(task)
