@@ -323,6 +323,73 @@ def _kernel(target, groups, size, rng):
     return Kernel(target, partitions(target.structure, target.gaussian, groups, size, rng), groups)
 
 
+def chain_of(outcome):
+    """Copies of a chain, each seen once."""
+
+    def model(y, trials, *, sigma):
+        theta = bt.tied("theta", T.chain(len(y)), sigma, BASE)
+        laws = {
+            "counts": lambda: dist.Poisson(theta.exp()),
+            "binary": lambda: dist.Bernoulli(logits=theta),
+            "binomial": lambda: dist.Binomial(trials, logits=theta),
+        }
+        with pyro.plate("step", len(y)):
+            pyro.sample("y", laws[outcome](), obs=y)
+
+    generator = torch.Generator().manual_seed(3)
+    trials = torch.randint(1, 9, (1500,), generator=generator).double()
+    y = (torch.rand(1500, generator=generator, dtype=torch.float64) * (trials + 1)).floor()
+    return model, {"y": y.clamp(max=1.0) if outcome == "binary" else y, "trials": trials}
+
+
+@pytest.mark.parametrize("outcome", ["counts", "binary", "binomial"])
+def test_compiled_moves_are_those_of_arrays(outcome, monkeypatch):
+    """1,500 variables: more than one chunk, and blocks that a chunk cuts."""
+    from bayestie._engines import _sparse_kernel
+    from bayestie._engines._blocks import Groups
+    from bayestie._engines._sparse_target import Target
+
+    model, data = chain_of(outcome)
+    (fit,) = fits_of(model, {"sigma": [0.4]}, **data)
+    target = Target(fit).refined()
+    groups, found = Groups.of(target.structure), []
+    for least in (1, 10_000):
+        monkeypatch.setattr(_sparse_kernel, "_LONG", least)
+        kernel = _kernel(target, groups, 60, np.random.default_rng(4))
+        assert (kernel.native is not None) == (least == 1)
+        rng = np.random.default_rng(5)
+        state = kernel.start(rng, 3, 1.2)
+        for number in range(24):  # independence proposals, short steps, and shifts of all copies
+            kernel.sweep(state, number, rng)
+        found.append((kernel, state))
+    (ours, one), (theirs, other) = found
+    np.testing.assert_allclose(one.step, other.step, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(one.rest, other.rest, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(one.rest, target.rest(one.step), rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(ours.acceptance(), theirs.acceptance())
+    assert 0.3 < ours.acceptance().mean() < 1.0
+
+
+def test_chains_of_one_point_do_not_depend_on_how_many_threads_draw_them():
+    data = arguments(poisson_chain, 6000)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            path = bt.sweep(
+                poisson_chain.poisson_chain, **data, over={"sigma": [0.4]}, num_draws=100, target_ess=20,
+                keep=("posterior",),
+            )  # fmt: skip
+            found.append(path)
+    finally:
+        torch.set_num_threads(threads)
+    one, two = found
+    assert str(one.sweep.engine.values[0]) == "blocks"
+    np.testing.assert_array_equal(one.posterior.log_rate, two.posterior.log_rate)
+    for name in ("max_rhat", "min_ess_bulk", "log_evidence"):
+        np.testing.assert_array_equal(one.sweep[name], two.sweep[name])
+
+
 def test_long_poisson_chain_is_certified():
     data = arguments(poisson_chain, 5000)
     path = bt.sweep(poisson_chain.poisson_chain, **data, over={"sigma": [0.05]}, keep=("posterior",))

@@ -1,7 +1,9 @@
 """Draws at one point of many copies, the likelihood not Gaussian: weighted where that does, else chains."""
 
 import math
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from bayestie._psis import good_k, psis
 from bayestie._sparse_mode import SparseFit, log_likelihood, log_prior
 from bayestie._sparse_numbers import Numbers
 from bayestie._sparse_structure import Structure
+from bayestie._workers import run_all
 
 _PROBE = 128  # independent draws of q that tell how far from Gaussian the posterior is
 _WATCHED = 3000  # quantities whose every draw is kept for rank-normalised diagnostics
@@ -238,8 +241,8 @@ class _Chains:
         return np.unique(np.concatenate([order, rest, size + np.arange(self.extra)]))
 
     def run(self) -> tuple[bool, str, tuple[float, float, float]]:
-        # As many draws as were asked for are made even where fewer are kept.
-        while self.stride * self.wanted < self.task.num_draws:
+        # As many draws as were asked for are made even where fewer are kept, and enough to judge them by.
+        while self.stride * self.wanted < self.task.num_draws or self.stride * self.kept < 2 * _BATCH:
             self.stride *= 2
         until = self.stride * self.kept
         for doubling in range(_MAX_DOUBLINGS + 1):
@@ -255,18 +258,28 @@ class _Chains:
         raise AssertionError
 
     def _advance(self, until: int) -> None:
-        for c, (state, rng) in enumerate(zip(self.states, self.rngs, strict=True)):
-            for number in range(self.num, until):
-                self.kernel.sweep(state, number, rng)
-                step = state.step
-                if self.extra:
-                    step = np.concatenate([step, step @ self.target.means.T], 1)
-                self.streamed.add(slice(c * self.short, (c + 1) * self.short), step)
-                self.series[c].append(step[:, self.watched])
-                self.totals[c].append(state.rest.sum(1))
-                if (number + 1) % self.stride == 0:
-                    self.steps[c][(number + 1) // self.stride - 1] = state.step
+        """Every chain on to so many draws, several at once: each has its own state and noise."""
+        stop = threading.Event()
+        jobs = [partial(self._advance_one, c, until, stop) for c in range(len(self.states))]
+        for twin in run_all(jobs, on_error=stop.set):
+            self.kernel.count(twin)
         self.num = until
+
+    def _advance_one(self, c: int, until: int, stop: threading.Event) -> Kernel:
+        state, rng, kernel = self.states[c], self.rngs[c], self.kernel.twin()
+        for number in range(self.num, until):
+            if stop.is_set():
+                break
+            kernel.sweep(state, number, rng)
+            step = state.step
+            if self.extra:
+                step = np.concatenate([step, step @ self.target.means.T], 1)
+            self.streamed.add(slice(c * self.short, (c + 1) * self.short), step)
+            self.series[c].append(step[:, self.watched])
+            self.totals[c].append(state.rest.sum(1))
+            if (number + 1) % self.stride == 0:
+                self.steps[c][(number + 1) // self.stride - 1] = state.step
+        return kernel
 
     def _verdict(self) -> tuple[bool, str, tuple[float, float, float]]:
         total = self.num * self.task.num_chains * self.short
@@ -294,21 +307,26 @@ class _Chains:
     def result(self) -> dict[str, Any]:
         target = self.target
         structure, numbers = target.structure, target.numbers
-        rows, lp = [], np.empty((len(self.steps), self.wanted))
-        carried, rest = [], np.empty_like(lp)
-        for c, steps in enumerate(self.steps):
+        lp = np.empty((len(self.steps), self.wanted))
+        rest = np.empty_like(lp)
+
+        def one(c: int) -> tuple[np.ndarray, np.ndarray | None]:
+            steps, self.steps[c] = self.steps[c], np.zeros((0, 0, 0))  # rows hold them now
             x = steps.swapaxes(0, 1).reshape(-1, steps.shape[2])[-self.wanted :]
-            self.steps[c] = np.zeros((0, 0, 0))  # rows hold them now
+            carried = None
             if self.carried is not None:
-                carried.append(x[self.carried])
-                rest[c] = target.rest(x).sum(1)
+                carried = x[self.carried]
+                for i, step in enumerate(x):  # one by one: all at once would not stay in the cache
+                    rest[c, i] = target.rest(step[None]).sum()
             for i, step in enumerate(x):
                 step += target.mean
                 eta = structure.map @ step + numbers.offset
                 lp[c, i] = log_prior(structure, numbers, step) + log_likelihood(numbers, eta)
-            rows.append(self.to_rows(structure, numbers, x))
+            return self.to_rows(structure, numbers, x), carried
+
+        rows, carried = zip(*run_all([partial(one, c) for c in range(len(self.steps))]), strict=True)
         out: dict[str, Any] = {"rows": np.stack(rows), "log_density": lp}
-        if carried:
+        if self.carried is not None:
             out["whitened"] = _whitened(target, np.concatenate(carried), rest, self.rngs[0])
         if self.streamed.histogram is not None:
             out["stream"] = self.streamed
@@ -331,15 +349,15 @@ def _evidence(
     error1 = _error_of_mean(totals)
     middle = Kernel(target, kernel.sweeps, kernel.groups, temper=0.5)
     middle.frozen, middle.inertia = True, kernel.inertia
-    halves = []
-    for c, state in enumerate(chains.states):
-        rng = task.generator(208, point, c)
-        own = []
+
+    def between(c: int) -> np.ndarray:
+        rng, own, state, kernel = task.generator(208, point, c), [], chains.states[c], middle.twin()
         for number in range(60):
-            middle.sweep(state, number, rng)
+            kernel.sweep(state, number, rng)
             own.append(state.rest.sum(1))
-        halves.append(np.stack(own[10:], 1))
-    half = np.concatenate(halves)
+        return np.stack(own[10:], 1)
+
+    half = np.concatenate(run_all([partial(between, c) for c in range(len(chains.states))]))
     mean2, error2 = float(half.mean()), _error_of_mean(half)
     corrected = (mean0 + 2 * mean2 + mean1) / 4 + (var0 - var1) / 48
     simpson = (mean0 + 4 * mean2 + mean1) / 6

@@ -9,8 +9,10 @@ ratio makes exact. Means of copies, whose prior no block sees alone, are a secon
 section 9.4.3, surrogate transitions); hubs, levels and fixed effects move with what responds to them.
 """
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
@@ -18,11 +20,15 @@ import scipy.linalg
 from bayestie._engines._blocks import Groups, Partition, partitions
 from bayestie._engines._sparse_target import Target
 
+if TYPE_CHECKING:
+    from bayestie._engines._native_chains import NativeMoves
+
 _GOOD_ACCEPTANCE = 0.85
 _FAIR_ACCEPTANCE = 0.6  # of blocks of up to
 _LONG_BLOCK = 200
 _POOR_BLOCK = 0.25
 _CACHED = 100_000
+_LONG = 5_000  # variables whose chains pay for the compiler
 
 
 @dataclass
@@ -38,13 +44,37 @@ class Kernel:
 
     def __init__(self, target: Target, sweeps: list[list[Partition]], groups: Groups, temper: float = 1.0):
         self.target, self.sweeps, self.groups, self.temper = target, sweeps, groups, temper
+        self.native = self._compiled()
         self.forget()
         self._directions()
+
+    def _compiled(self) -> "NativeMoves | None":
+        """Compiled moves, of long chains with an observation per variable."""
+        if self.target.structure.size < _LONG:
+            return None
+        # Here, because the compiler takes half a second to import.
+        from bayestie._engines._native_chains import native_moves
+
+        return native_moves(self.target, [partition for sweep in self.sweeps for partition in sweep])
 
     def forget(self) -> None:
         """Acceptance is counted anew."""
         self.accepted = [[np.zeros(p.num_blocks) for p in sweep] for sweep in self.sweeps]
         self.tried = np.zeros(len(self.sweeps))
+
+    def twin(self) -> "Kernel":
+        """The same moves, for another thread: its acceptance is its own."""
+        other = copy.copy(self)
+        other.native = None if self.native is None else self.native.twin()
+        other.forget()
+        return other
+
+    def count(self, other: "Kernel") -> None:
+        """Add a twin's acceptance."""
+        for ours, theirs in zip(self.accepted, other.accepted, strict=True):
+            for own, more in zip(ours, theirs, strict=True):
+                own += more
+        self.tried += other.tried
 
     def _directions(self) -> None:
         """Functionals b of x that move with all that responds to them: hubs, and the means of copies."""
@@ -89,6 +119,8 @@ class Kernel:
     def _blocks(
         self, state: State, partition: Partition, inertia: float, rng: np.random.Generator
     ) -> np.ndarray:
+        if self.native is not None:
+            return self.native.move(state.step, state.rest, partition, inertia, self.temper, rng)
         target, factor, step = self.target, partition.factor, state.step
         batch, blocks = len(step), partition.num_blocks
         trial = factor.whiten_back(rng.standard_normal(step.shape).T).T
@@ -124,12 +156,15 @@ class Kernel:
         now = state.step @ self.functionals.T
         fresh = rng.standard_normal(now.shape) @ self.lower.T
         then = self.inertia * now + math.sqrt(1 - self.inertia**2) * fresh
-        step = state.step + (then - now) @ self.carry
-        rest = self.target.rest(step)
-        gain = self.temper * (rest - state.rest).sum(1)
+        if self.native is None:
+            step = state.step + (then - now) @ self.carry
+            rest = self.target.rest(step)
+        else:
+            step, rest = self.native.shifted(state.step, then - now, self.carry)
+        gain = self.temper * (rest.sum(1) - state.rest.sum(1))
         accept = np.log(rng.uniform(size=len(gain))) < gain
-        state.step = np.where(accept[:, None], step, state.step)
-        state.rest = np.where(accept[:, None], rest, state.rest)
+        np.copyto(state.step, step, where=accept[:, None])
+        np.copyto(state.rest, rest, where=accept[:, None])
         if not self.frozen:
             self.inertia = min(max(self.inertia + 0.04 * (0.5 - float(accept.mean())), 0.0), 0.999)
 

@@ -1,6 +1,7 @@
 """Moments, quantiles and Monte Carlo errors of many quantities over draws that are not kept."""
 
 import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,20 +64,34 @@ class Streamed:
         self.batches: list[list[np.ndarray]] = [[] for _ in range(num_chains)]  # each (3, n) float32
         self.running = np.zeros((num_chains, 3, self.size))
         self.count = np.zeros(num_chains, dtype=int)
-        self.squares = np.zeros(self.size)
-        self.total = np.zeros(self.size)
-        self.num = 0
+        # By chains laid end to end: several threads add, and sums are not to depend on whose turn it is.
+        self.squares = np.zeros((num_chains // joined, self.size))
+        self.total = np.zeros_like(self.squares)
+        self.seen = np.zeros(len(self.total), dtype=int)
+        self._spare = np.empty_like(self.total)
         self.histogram = np.zeros((_BINS, self.size), np.uint16) if histogram else None
+        self._counting = threading.Lock()
+
+    @property
+    def num(self) -> int:
+        """Draws seen."""
+        return int(self.seen.sum())
 
     def add(self, chains: slice, step: np.ndarray) -> None:
-        """One draw of some chains, as its distance from the centre (chains, n)."""
+        """One draw of chains that are laid end to end, as its distance from the centre (joined, n).
+
+        Those of different ones may be added by different threads.
+        """
+        group = chains.start // self.joined
         own = self.running[chains]
         own[:, 0] += step
         own[:, 1] += step <= self.low
         own[:, 2] += step >= self.high
-        self.total += step.sum(0)
-        self.squares += np.einsum("cn,cn->n", step, step)
-        self.num += len(step)
+        total, squares, spare = self.total[group], self.squares[group], self._spare[group]
+        for one in step:
+            total += one
+            squares += np.multiply(one, one, out=spare)
+        self.seen[group] += len(step)
         self.count[chains] += 1
         length = self.length[chains.start]
         if self.count[chains.start] == length:
@@ -94,7 +109,8 @@ class Streamed:
             for one in step:
                 place = (one / self.scale + _REACH) * (_BINS / (2 * _REACH))
                 place = np.clip(place, 0, _BINS - 1).astype(np.int64)
-                self.histogram[place, np.arange(self.size)] += 1
+                with self._counting:
+                    self.histogram[place, np.arange(self.size)] += 1
 
     def quality(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Split R-hat, bulk and tail effective sample size from batch means, (n,) each.
@@ -130,10 +146,11 @@ class Streamed:
         return np.where(still, 1.0, rhat), np.where(still, total, bulk), np.where(still, total, tail)
 
     def mean(self) -> np.ndarray:
-        return self.centre + self.total / self.num
+        return self.centre + self.total.sum(0) / self.num
 
     def variance(self) -> np.ndarray:
-        return np.maximum(self.squares / self.num - np.square(self.total / self.num), 0.0)
+        mean = self.total.sum(0) / self.num
+        return np.maximum(self.squares.sum(0) / self.num - np.square(mean), 0.0)
 
     def summary(self) -> Summary:
         """Over all draws seen; quantiles are interpolated in bins of an eighth of an sd."""
