@@ -323,7 +323,7 @@ class AffineDensity:
         return out
 
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
-        """Most axes move few predictors; only those are evaluated."""
+        """As `Density.profile`: most axes move few predictors, and only those are evaluated."""
         moved = self._moved(points, factor)
         centre = self._moved(points, mode.unsqueeze(-1)).squeeze(-1) + self.offset[points]
         out = self._rest_profile(points, mode, factor, nodes)
@@ -340,9 +340,9 @@ class AffineDensity:
             first = (slope @ factor).squeeze(1)
             second = (factor * (here.curvature @ factor)).sum(1)
             return first.unsqueeze(-1) * nodes + 0.5 * second.unsqueeze(-1) * nodes.square()
-        steps = (factor.mT.unsqueeze(2) * nodes.view(1, 1, -1, 1)).flatten(1, 2)
+        steps = (factor.mT.unsqueeze(2) * nodes.unsqueeze(-1)).flatten(1, 2)
         value = self.rest(points, mode.unsqueeze(1) + steps)[0] - self.rest(points, mode.unsqueeze(1))[0]
-        return value.reshape(len(points), self.num_latent, -1)
+        return value.reshape(len(points), factor.shape[2], -1)
 
     def _prior_hessian(self, points: Tensor, position: Tensor) -> Tensor:
         if self.quadratic is None:

@@ -72,18 +72,19 @@ class Part:
     ) -> None:
         """Add its change along every axis to ``out`` (P, D, G), ``elements`` numbers at a time.
 
-        From predictors ``centre`` (P, M), at the nodes (G,) times what an axis moves, ``moved`` (P, M, D).
+        From predictors ``centre`` (P, M), at the nodes, (G,) or (P, D, G), times what an axis moves, ``moved`` (P, M, D).
         """
         family, count = self.family, len(self.family.names)
         steps = moved.reshape(len(points), count, family.size, -1)
         here = centre.reshape(len(points), count, family.size)
         tiny = 1e-12 * steps.abs().amax((2, 3), keepdim=True)
         point, row, axis = torch.nonzero((steps.abs() > tiny).any(1), as_tuple=True)
-        chunk = max(1, elements // len(nodes))
+        chunk = max(1, elements // nodes.shape[-1])
         for at in (slice(i, i + chunk) for i in range(0, len(point), chunk)):
             p, r, j = point[at], row[at], axis[at]
             base = [here[p, i, r].unsqueeze(1) for i in range(count)]
-            along = [b + steps[p, i, r, j].unsqueeze(1) * nodes for i, b in enumerate(base)]
+            own = nodes if nodes.dim() == 1 else nodes[p, j]
+            along = [b + steps[p, i, r, j].unsqueeze(1) * own for i, b in enumerate(base)]
             if self.natural is None:
                 change = family.at(points[p], r, along) - family.at(points[p], r, base)
             else:
@@ -93,7 +94,7 @@ class Part:
                     size = size * self.weight[p if len(self.weight) > 1 else 0, r]
                 pull = target[points[p] if len(target) > 1 else 0, r].unsqueeze(1)
                 change = pull * (along[0] - base[0]) - size
-            out.view(-1, len(nodes)).index_add_(0, p * out.shape[1] + j, change)
+            out.view(-1, nodes.shape[-1]).index_add_(0, p * out.shape[1] + j, change)
 
     def _total(self, size: Tensor) -> Tensor:
         if self.weight is None:

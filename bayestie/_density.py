@@ -52,7 +52,10 @@ class Density(Protocol):
         ...
 
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
-        """log density at mode + nodes_g factor[:, j] less that at the mode, (P, D, G)."""
+        """log density at mode + nodes_g factor[:, j] less that at the mode, (P, n, G).
+
+        Columns ``factor`` (P, D, n); nodes (G,) shared by all, or (P, n, G).
+        """
         ...
 
 
@@ -133,9 +136,9 @@ class ProgramDensity:
         return triangular_axes(factor)
 
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
-        steps = (factor.mT.unsqueeze(2) * nodes.view(1, 1, -1, 1)).flatten(1, 2)
+        steps = (factor.mT.unsqueeze(2) * nodes.unsqueeze(-1)).flatten(1, 2)
         value = self.value(points, mode.unsqueeze(1) + steps)
-        return (value - self.value(points, mode.unsqueeze(1))).reshape(len(points), self.num_latent, -1)
+        return (value - self.value(points, mode.unsqueeze(1))).reshape(len(points), factor.shape[2], -1)
 
     def _loop_hessian(self, points: Tensor, position: Tensor) -> Tensor:
         # Central differences of the gradient: the loop route has no forward mode to lean on.
