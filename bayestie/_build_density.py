@@ -18,6 +18,7 @@ from bayestie._lane import LaneInputs
 from bayestie._latent_scale import ScaleSite, find_scale_site, value_and_slope
 from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
+from bayestie._repeated_rows import count_repeats
 
 # An affine map is kept dense; past this many numbers over all points the program route is used.
 MAX_AFFINE = 60_000_000
@@ -45,14 +46,14 @@ def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDens
     generator = torch.Generator().manual_seed(program.seed)
     probe = 0.5 * torch.randn(3, num_points, dim, dtype=dtype, generator=generator).to(device)
 
-    families = find_families(program, probe[0])
-    rows = sum(f.size * len(f.names) for f in families)
-    if not families or rows * dim * num_points > MAX_AFFINE:
+    sites = find_families(program, probe[0])
+    rows = sum(f.size * len(f.names) for f in sites)
+    if not sites or rows * min(dim, 1 + len(probe)) * num_points > MAX_AFFINE:
         return None
 
     def eta(position: Tensor, *flat: Tensor) -> Tensor:
         recorded = predictors_of(program, position, inputs.unflatten(flat))
-        parts = [recorded[f.site][1][n].expand(f.shape).reshape(-1) for f in families for n in f.names]
+        parts = [recorded[f.site][1][n].expand(f.shape).reshape(-1) for f in sites for n in f.names]
         return torch.cat(parts)
 
     flat = inputs.flat()
@@ -60,15 +61,19 @@ def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDens
     lanes = max(1, MAX_ELEMENTS // (16 * rows))
     with program.quiet():
         # The map is affine if anything, so its columns are differences of values: no differentiation.
-        offset = batched(torch.zeros_like(probe[0]), *flat)
+        values = torch.stack([batched(at, *flat) for at in (torch.zeros_like(probe[0]), *probe)])
+        families, kept = count_repeats(sites, values.flatten(0, 1))
+        if len(kept) * dim * num_points > MAX_AFFINE:
+            return None
+        offset, *values = values[..., kept]
 
         def moved(vectors: Tensor, which: Tensor) -> Tensor:
-            found = vectors.new_empty(len(vectors), rows)
+            found = vectors.new_empty(len(vectors), len(kept))
             for part in (slice(i, i + lanes) for i in range(0, len(vectors), lanes)):
-                found[part] = batched(vectors[part], *(x[which[part]] for x in flat)) - offset[which[part]]
+                eta_there = batched(vectors[part], *(x[which[part]] for x in flat))
+                found[part] = eta_there[:, kept] - offset[which[part]]
             return found
 
-        values = [batched(at, *flat) for at in probe]
         guesses = matrices(moved, num_points, probe)
         matrix = next((m for m in guesses if _is_map(m, offset, probe, values)), None)
     if matrix is None:

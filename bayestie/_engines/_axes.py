@@ -23,8 +23,8 @@ _SIDE = (0.4, 0.8, 1.3, 1.9, 2.6, 3.5, 4.7, 6.5, 9.0, 13.0, 20.0, 32.0, 50.0)
 _CELLS = 12  # cells of the interpolation between two nodes
 _DROP = 60.0  # a log density this far below the mode is nothing
 # A profile that a cubic through its neighbours misses by more, where it matters, is put on a grid of its own.
-_MISSED = 0.3
-_MATTERS = 12.0  # below its top
+_MISSED = 0.3  # times the root of the density relative to its top
+_FAR = 1e8
 _PLACINGS = 2  # each narrows a wall between two edges about a hundredfold
 
 
@@ -89,11 +89,11 @@ def axis_proposal(task: Task, fit: LaplaceFit) -> AxisProposal:
     factor = task.density.axes(fit.points, fit.factor)
     nodes = torch.as_tensor(_nodes()).to(fit.mode)
     profile = task.density.profile(fit.points, fit.mode, factor, nodes)
+    missed = _missed(nodes, profile)
     profile = _below_top(profile)
     edges = fine_edges().to(fit.mode)
     height = PchipInterpolator(_nodes(), profile.cpu().numpy(), axis=-1)(edges.cpu().numpy())
     height = torch.as_tensor(height).to(fit.mode)
-    missed = _missed(nodes, profile)
     edges = edges.expand_as(height)
     if bool(missed.any()):
         edges, height = _placed(task, fit, factor, missed, edges, height, nodes, profile)
@@ -110,14 +110,15 @@ def _missed(nodes: Tensor, profile: Tensor) -> Tensor:
 
     Every node is foretold from its two neighbours on either side, exactly so were the profile a cubic.
     """
-    x, near = nodes.unfold(0, 5, 1), profile.unfold(-1, 5, 1)
+    low = profile - profile.nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax(-1, keepdim=True)
+    x, near = nodes.unfold(0, 5, 1), low.nan_to_num(nan=-_FAR).clamp(min=-_FAR).unfold(-1, 5, 1)
     foretold: Tensor = torch.zeros_like(profile[..., 2:-2])
     for i in (0, 1, 3, 4):
         others = [k for k in (0, 1, 3, 4) if k != i]
         share = torch.stack([(x[:, 2] - x[:, k]) / (x[:, i] - x[:, k]) for k in others]).prod(0)
         foretold = foretold + share * near[..., i]
-    matters = (near[..., 1:4] > -_MATTERS).any(-1)
-    return (matters & ((foretold - near[..., 2]).abs() > _MISSED)).any(-1)
+    missed = (foretold - near[..., 2]).abs() * torch.exp(0.5 * near[..., 2])
+    return ~(missed <= _MISSED).all(-1)
 
 
 def _placed(
