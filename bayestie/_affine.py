@@ -303,8 +303,11 @@ class AffineDensity:
         if not self.matrix.shape[1]:  # Gaussian: no axis is better than another
             return triangular
         # Point by point: at sigma = 0 copies move nothing, whatever they do elsewhere.
-        moved = self._moved(points, triangular).abs()
-        share = (moved > 1e-12 * moved.amax((1, 2), keepdim=True)).to(moved).mean((1, 2))
+        share = triangular.new_empty(len(points))
+        for some, here in self._pieces(points):
+            moved = here.map.product(triangular[some].mT).abs_()
+            does = moved > 1e-12 * moved.amax((1, 2), keepdim=True)
+            share[some] = does.sum((1, 2)).to(share) / does[0].numel()
         found = triangular.clone()
         for i in torch.nonzero(share >= 0.3).squeeze(1).tolist():
             rows = self.matrix[points[i]]
@@ -324,13 +327,17 @@ class AffineDensity:
 
     def profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:
         """As `Density.profile`: most axes move few predictors, and only those are evaluated."""
-        moved = self._moved(points, factor)
-        centre = self._moved(points, mode.unsqueeze(-1)).squeeze(-1) + self.offset[points]
         out = self._rest_profile(points, mode, factor, nodes)
-        with torch.no_grad(), self.program.quiet():
-            for part in self._parts(points):
+
+        def job(some: slice, here: _Selection) -> None:
+            moved = here.map.product(factor[some].mT)
+            centre = here.map.forward(mode[some].unsqueeze(1)).squeeze(-1)
+            own = nodes if nodes.dim() == 1 else nodes[some]
+            for part in here.parts:
                 rows = part.rows
-                part.add_profile(points, centre[:, rows], moved[:, rows], nodes, self.elements, out)
+                part.add_profile(here.points, centre[:, rows], moved[:, rows], own, self.elements, out[some])
+
+        self._run([partial(job, *piece) for piece in self._pieces(points)])
         return out
 
     def _rest_profile(self, points: Tensor, mode: Tensor, factor: Tensor, nodes: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class Part:
     ) -> None:
         """Add its change along every axis to ``out`` (P, D, G), ``elements`` numbers at a time.
 
-        From predictors ``centre`` (P, M), at the nodes, (G,) or (P, D, G), times what an axis moves, ``moved`` (P, M, D).
+        From predictors ``centre`` (P, M), at the nodes times what an axis moves, ``moved`` (P, M, D); nodes
+        (G,) or (P, D, G).
         """
         family, count = self.family, len(self.family.names)
         steps = moved.reshape(len(points), count, family.size, -1)

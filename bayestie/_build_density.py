@@ -79,7 +79,7 @@ def _checked_affine(program: LaneProgram, general: ProgramDensity) -> AffineDens
     if matrix is None:
         return None
 
-    rest, products, rest_hessian = _rest_functions(program, {f.site for f in families})
+    rest, products, rest_hessian = _rest_functions(program, {f.site for f in families}, lanes)
     site = find_scale_site(program, families, matrix)
     quadratic, own, near = None, rest, probe
     if site is not None:
@@ -115,8 +115,11 @@ def _is_map(matrix: Tensor, offset: Tensor, probe: Tensor, values: Sequence[Tens
     return bool(((found - predicted).abs() <= 1e-9 * scale).all())
 
 
-def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any, Any]:
-    """The log joint without the sites in ``without``: value with gradient, second derivatives twice."""
+def _rest_functions(program: LaneProgram, without: set[str], most: int) -> tuple[Any, Any, Any]:
+    """The log joint without the sites in ``without``: value with gradient, second derivatives twice.
+
+    At most ``most`` lanes at once: what these sites would see is worked out all the same.
+    """
 
     def log_density(position: Tensor, inputs: LaneInputs) -> Tensor:
         return program.run_lane(position, inputs, without=without).log_joint()
@@ -131,7 +134,7 @@ def _rest_functions(program: LaneProgram, without: set[str]) -> tuple[Any, Any, 
             (grad,) = torch.autograd.grad(value.sum(), flat)
         return value.detach().reshape(num_points, batch), grad.reshape(num_points, batch, dim)
 
-    lanes = max(1, MAX_ELEMENTS // 64 // program.num_latent)
+    lanes = max(1, min(most, MAX_ELEMENTS // 64 // program.num_latent))
 
     def products(vectors: Tensor, points: Tensor) -> Tensor:
         """Second derivatives at the origin times vectors."""

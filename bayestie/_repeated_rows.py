@@ -24,7 +24,9 @@ def count_repeats(families: Sequence[Family], predictors: Tensor) -> tuple[list[
     for family in families:
         size, count = family.size, len(family.names)
         own = predictors[:, start : start + size * count].reshape(-1, size)
-        first, times = _distinct(torch.cat([own, *family.constants.values()])) if size > _FEW else (None, None)
+        first, times = (
+            _distinct(torch.cat([own, *family.constants.values()])) if size > _FEW else (None, None)
+        )
         if first is None or times is None:
             first = torch.arange(size, device=predictors.device)
         else:

@@ -220,6 +220,33 @@ def test_natural_likelihoods_with_scale_mask_and_offset(name, prior):
     )
 
 
+@pytest.mark.parametrize("name", NATURAL)
+def test_repeats_are_counted(name):
+    """2,400 observations that are 6 x 4, some masked, one strength another scale: the density is the same."""
+    number = torch.randint(24, (2_400,), generator=torch.Generator().manual_seed(3))
+    n, rows = (number % 4).to(X.dtype), number // 4
+    x = numbers(6, 3, seed=4)
+
+    def model(n, rows, sigma):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(3), sigma).to_event(1))
+        pyro.sample("other", dist.Gamma(2.0, 2.0))  # keeps Normal likelihoods out of a quadratic
+        fn, obs = NATURAL[name](x[rows] @ beta, n)
+        with pyro.plate("row", len(n)), pyro.poutine.scale(scale=sigma), pyro.poutine.mask(mask=n != 3):
+            pyro.sample("y", fn, obs=obs.detach())
+
+    swept = {"sigma": torch.tensor([0.5, 2.0], dtype=torch.float64)}
+    program = LaneProgram(model, (n, rows), {}, swept)
+    affine, general, both = build_density(program), ProgramDensity(program), torch.tensor([0, 1])
+    assert isinstance(affine, AffineDensity)
+    # Of the outcomes 0 and 1, two of the four kinds are alike.
+    assert [family.size for family in affine.families] == [18 if name == "bernoulli" else 24]
+    at = positions(affine, points=2, batch=4)
+    found, expected = affine.value_and_grad(both, at), general.value_and_grad(both, at)
+    close(found[0], expected[0], 1e-12)
+    close(found[1], expected[1], 1e-11)
+    close(affine.hessian(both, at[:, 0]), general.hessian(both, at[:, 0]), 1e-10)
+
+
 def test_gaussian_data_far_from_zero_keep_their_digits():
     """Squares of 1e7 expanded about the origin would leave an error of 1e-2 in the log density."""
     y = 1e7 + numbers(50, seed=3)

@@ -106,7 +106,7 @@ def _below_top(profile: Tensor) -> Tensor:
 
 
 def _missed(nodes: Tensor, profile: Tensor) -> Tensor:
-    """Which axes (P, D) are rougher than their nodes show: a wall beside a plain, as where data are separated.
+    """Which axes (P, D) are rougher than their nodes show: a wall beside a plain, as of separated data.
 
     Every node is foretold from its two neighbours on either side, exactly so were the profile a cubic.
     """
