@@ -90,7 +90,13 @@ def convergence(flat, order, ranked, cuts, scores, chains, bounds, found):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _score(ranked, order, scores, out):
     """Normal scores of the ranks, given draws in their order, ties sharing the mean of theirs."""
-    count, begin = len(ranked), 0
+    count, begin, tied = len(ranked), 0, False
+    for i in range(count - 1):
+        tied |= ranked[i] == ranked[i + 1]
+    if not tied:
+        for i in range(count):
+            out[order[i]] = scores[2 * i]
+        return
     while begin < count:
         end = begin + 1
         while end < count and ranked[end] == ranked[begin]:
@@ -102,19 +108,27 @@ def _score(ranked, order, scores, out):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _fold(ranked, order, median, apart, out):
-    """Distances from the median, in their order, and the order: draws below it backwards, merged with the
-    others, without a branch that no processor could predict."""
+    """Distances from the median, in their order, and the order: draws below it backwards, merged with those
+    above. From both ends, because a step of a merge waits for the one before; and without a branch, because no
+    processor could predict it."""
     count = len(ranked)
+    last = count - 1
     right = np.searchsorted(ranked, median)
-    left = right - 1
-    for i in range(count):
-        at_left, at_right = max(left, 0), min(right, count - 1)
+    left, low, high = right - 1, 0, last
+    for i in range((count + 1) // 2):
+        at_left, at_right = max(left, 0), min(right, last)
         below, above = abs(median - ranked[at_left]), abs(ranked[at_right] - median)
-        backwards = (right >= count) | ((left >= 0) & (below <= above))
-        apart[i] = below if backwards else above
-        out[i] = order[at_left if backwards else at_right]
-        left -= np.int64(backwards)
-        right += 1 - np.int64(backwards)
+        near = (right > last) | ((left >= 0) & (below <= above))  # of equals the lower first
+        apart[i] = below if near else above
+        out[i] = order[at_left if near else at_right]
+        left -= np.int64(near)
+        right += 1 - np.int64(near)
+        below, above = abs(median - ranked[low]), abs(ranked[high] - median)
+        far = below > above
+        apart[last - i] = below if far else above
+        out[last - i] = order[low if far else high]
+        low += np.int64(far)
+        high -= 1 - np.int64(far)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
