@@ -108,7 +108,7 @@ def _score(ranked, order, scores, out):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _fold(ranked, order, median, apart, out):
-    """Distances from the median, in their order, and the order: draws below it backwards, merged with those
+    """Distances from the median, in order, and that order: draws below backwards, merged with those
     above. From both ends, because a step of a merge waits for the one before; and without a branch, because no
     processor could predict it."""
     count = len(ranked)
