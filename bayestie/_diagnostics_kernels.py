@@ -108,9 +108,11 @@ def _score(ranked, order, scores, out):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _fold(ranked, order, median, apart, out):
-    """Distances from the median, in order, and that order: draws below backwards, merged with those
-    above. From both ends, because a step of a merge waits for the one before; and without a branch, because no
-    processor could predict it."""
+    """Distances from the median, in order, and that order: draws below it backwards, merged with those above.
+
+    From both ends, because a step of a merge waits for the one before; and without a branch, because no
+    processor could predict it.
+    """
     count = len(ranked)
     last = count - 1
     right = np.searchsorted(ranked, median)

@@ -238,7 +238,8 @@ def test_one_seed_one_result(engine):
 
     first, again, other = run(3), run(3), run(4)
     assert first.keys() == again.keys()
-    assert all(np.array_equal(first[key], again[key]) for key in first)
+    for key in first:
+        np.testing.assert_array_equal(first[key], again[key], err_msg=key)  # NaN equals NaN
     assert not np.isclose(first["/posterior/theta"], other["/posterior/theta"]).any()
 
 
