@@ -85,7 +85,8 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
 
 
 def _is_mixed(draws: Draws, i: int, target_ess: float) -> bool:
-    return is_good(Quality(*draws.quality[i].tolist(), float(draws.nested_rhat[i])), target_ess)
+    rhat, bulk, tail = draws.quality[i].tolist()
+    return is_good(Quality(rhat, bulk, tail, float(draws.nested_rhat[i])), target_ess)
 
 
 def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
