@@ -337,6 +337,7 @@ class Assembly:
             "khat": draws.khat.cpu().numpy(),
             "ess_weights": draws.ess_weights.cpu().numpy(),
             "max_rhat": quality[:, 0],
+            "nested_rhat": draws.nested_rhat.cpu().numpy(),
             "min_ess_bulk": quality[:, 1],
             "min_ess_tail": quality[:, 2],
             "divergences": draws.divergences.cpu().numpy(),

@@ -57,7 +57,7 @@ def diagnose(path: xr.DataTree, **functions: Callable[[xr.Dataset], xr.DataArray
         ordered = values.transpose("chain", "draw", *rest)
         flat = torch.as_tensor(np.ascontiguousarray(ordered.values.reshape(*ordered.shape[:2], -1)))
         found = convergence(flat.double())._asdict()
-        del found["varies"]
+        del found["varies"], found["nested_rhat"]
         shape = ordered.shape[2:]
         nodes[f"/{name}"] = xr.Dataset(
             {key: (rest, x.numpy().reshape(shape)) for key, x in found.items()},

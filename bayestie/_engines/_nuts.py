@@ -23,7 +23,14 @@ from bayestie._engines._plain_coordinates import (
     plain_coordinates,
 )
 from bayestie._engines._protocol import Draws, Interrupted, Task
-from bayestie._engines._quality import MAX_RHAT, chain_verdict, draws_for_rhat, is_good, qualities
+from bayestie._engines._quality import (
+    MAX_RHAT,
+    Quality,
+    chain_verdict,
+    draws_for_rhat,
+    is_good,
+    qualities,
+)
 from bayestie._workers import run_all, solve
 
 # Trajectories pooled over a point's chains, for its step size; every chain gives 6 to 12.
@@ -79,7 +86,7 @@ def run_nuts(task: Task, points: Tensor | None = None, fit: LaplaceFit | None = 
 
 def _is_mixed(draws: Draws, i: int, target_ess: float) -> bool:
     rhat, bulk, tail = draws.quality[i].tolist()
-    return is_good((rhat, bulk, tail), target_ess)
+    return is_good(Quality(rhat, bulk, tail, float(draws.nested_rhat[i])), target_ess)
 
 
 def _coordinates(task: Task, fit: LaplaceFit) -> Coordinates | NoiseCoordinates:
@@ -186,8 +193,8 @@ class _Sampler:
 
     Every stored chain is made of short chains that begin at one overdispersed point, so that many lanes share
     the fixed cost of a tick: Margossian et al. (2024), Nested R-hat, Bayesian Analysis. Joined end to end,
-    their R-hat compares groups of different starts, and their autocorrelations carry the taper (1 - t / n) of
-    independent pieces of length n.
+    their R-hat compares groups of different starts (nested R-hat is judged beside it), and their
+    autocorrelations carry the taper (1 - t / n) of independent pieces of length n.
     """
 
     def __init__(self, task: Task, at: Coordinates | NoiseCoordinates | PlainCoordinates):
@@ -432,7 +439,7 @@ class _Sampler:
         count = len(self.points)
         self.begun = (self.points, self.at, self.z, self.step.log_step)
         self.kept: list[list[tuple[Tensor, dict[str, Tensor]]]] = [[] for _ in range(count)]
-        self.quality = [(float("inf"), 0.0, 0.0)] * count
+        self.quality = [Quality(math.inf, 0.0, 0.0)] * count
         self.all_points = self.points
         active = torch.arange(count, device=self.points.device)
         stored = math.ceil(self.task.num_draws / self.pieces)
@@ -472,8 +479,8 @@ class _Sampler:
         """How much more half of these points need, as a share of what they have: errors fall as 1 / n."""
         needed = []
         for i in active.tolist():
-            rhat, bulk, tail = self.quality[i]
-            spread = (rhat**2 - 1.0) / (MAX_RHAT**2 - 1.0)
+            rhat, bulk, tail, nested = self.quality[i]
+            spread = (max(rhat, nested) ** 2 - 1.0) / (MAX_RHAT**2 - 1.0)
             needed.append(max(spread, self.task.target_ess / max(1.0, min(bulk, tail))))
         return min(1.0, max(0.25, float(np.median(needed)) - 1.0))
 
@@ -492,7 +499,7 @@ class _Sampler:
                 "stage": "nuts",
                 "strengths_done": self.task.num_points - len(still),
                 "strengths_total": self.task.num_points,
-                "min_ess": min(min(q[1], q[2]) for q in self.quality),
+                "min_ess": min(min(q.bulk, q.tail) for q in self.quality),
                 "message": f"{count - len(still)} of {count} strengths mixed",
             }
         )
@@ -500,7 +507,7 @@ class _Sampler:
 
     def _apart(self, i: int) -> bool:
         """Whether chains that began at two modes show no sign of meeting: more draws would tell nothing."""
-        return bool(self.group.any()) and self.quality[i][0] > APART
+        return bool(self.group.any()) and self.quality[i].rhat > APART
 
     def _judge(self, active: Tensor) -> None:
         """Quality of all draws of the active points, or of the newer half where that alone is good."""
@@ -523,7 +530,7 @@ class _Sampler:
             values = draws[some]
             if self.task.quantities is not None:
                 values = self.task.quantities(points[some], values)
-            for i, found in zip(numbers[some], qualities(values), strict=True):
+            for i, found in zip(numbers[some], qualities(values, self.pieces), strict=True):
                 if oldest == 0:
                     self.quality[i] = found
                 elif is_good(found, self.task.target_ess):
@@ -585,7 +592,8 @@ class _Sampler:
             log_evidence=nan.to(lp),
             log_evidence_error=nan.to(lp),
             seconds=torch.full((count,), seconds, dtype=torch.float64),
-            quality=torch.tensor([self.quality[i] for i in rows], dtype=torch.float64).reshape(count, 3),
+            quality=torch.tensor([self.quality[i][:3] for i in rows], dtype=torch.float64).reshape(count, 3),
+            nested_rhat=torch.tensor([self.quality[i].nested_rhat for i in rows], dtype=torch.float64),
             divergences=torch.tensor(total_divergences, dtype=torch.long),
             stats=merged,
         )

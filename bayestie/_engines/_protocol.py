@@ -90,6 +90,7 @@ class Draws:
     # (P, 3): max R-hat, min bulk and min tail effective sample size over all draws made, thinned or not;
     # NaN where the engine draws independently.
     quality: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    nested_rhat: Tensor = field(default_factory=lambda: torch.empty(0))  # (P,), NaN without superchains
     divergences: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (P,)
     stats: dict[str, Tensor] = field(default_factory=dict)  # (P, chains, draws) each
     # lp and laplace_log_density (P, n) at independent draws from the Laplace Gaussian, for bridge sampling
@@ -102,6 +103,8 @@ class Draws:
         count = len(self.points)
         if len(self.quality) != count:
             self.quality = torch.full((count, 3), torch.nan, dtype=torch.float64)
+        if len(self.nested_rhat) != count:
+            self.nested_rhat = torch.full((count,), torch.nan, dtype=torch.float64)
         if len(self.divergences) != count:
             self.divergences = torch.zeros(count, dtype=torch.long)
 
@@ -127,7 +130,7 @@ class Draws:
                 getattr(self, name)[i] = getattr(other, name)[j]
             for name in ("engine", "certified", "reason", "exact"):
                 getattr(self, name)[i] = getattr(other, name)[j]
-            for name in ("ess_weights", "quality", "divergences"):
+            for name in ("ess_weights", "quality", "nested_rhat", "divergences"):
                 getattr(self, name)[i] = getattr(other, name)[j]
             if torch.isfinite(other.log_evidence[j]):  # else the evidence of the draws replaced stands
                 for name in ("khat", "log_evidence", "log_evidence_error"):

@@ -185,7 +185,7 @@ def _nuts_point(task: Task, point: int, warmup: int, done: int, total: int) -> D
         log_evidence=nan,
         log_evidence_error=nan.clone(),
         seconds=torch.tensor([time.perf_counter() - begin], dtype=torch.float64),
-        quality=torch.tensor([found], dtype=torch.float64),
+        quality=torch.tensor([found[:3]], dtype=torch.float64),
         divergences=torch.tensor([divergences]),
         stats={name: x.unsqueeze(0) for name, x in stats.items()},
     )

@@ -1,6 +1,8 @@
 """When chains are good: R-hat, effective sample sizes and divergences, one rule for every sampler."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from scipy.stats import chi2
 from torch import Tensor
@@ -11,20 +13,30 @@ MAX_RHAT = 1.01
 MAX_DIVERGENT = 0.001  # of all trajectories
 
 
-def quality(draws: Tensor) -> tuple[float, float, float]:
-    """(max R-hat, min bulk ESS, min tail ESS) over the columns of (chains, draws, Q) that vary."""
+class Quality(NamedTuple):
+    """Max R-hat, min bulk ESS and min tail ESS over quantities; max nested R-hat, NaN without superchains."""
+
+    rhat: float
+    bulk: float
+    tail: float
+    nested_rhat: float = math.nan
+
+
+def quality(draws: Tensor) -> Quality:
+    """Of the columns of (chains, draws, Q) that vary."""
     return qualities(draws.unsqueeze(0))[0]
 
 
-def qualities(draws: Tensor) -> list[tuple[float, float, float]]:
-    """`quality` of every point of (P, chains, draws, Q)."""
-    measured = convergence(draws)
+def qualities(draws: Tensor, pieces: int = 1) -> list[Quality]:
+    """`quality` of every point of (P, chains, draws, Q), whose chains are ``pieces`` chains end to end."""
     found = []
-    for rhat, bulk, tail, held in zip(*measured, strict=True):
+    for rhat, bulk, tail, held, nested in zip(*convergence(draws, pieces), strict=True):
         if bool(held.any()):
-            found.append((float(rhat[held].max()), float(bulk[held].min()), float(tail[held].min())))
+            largest = float(nested[held].max()) if pieces > 1 else math.nan
+            worst = float(rhat[held].max()), float(bulk[held].min()), float(tail[held].min())
+            found.append(Quality(*worst, largest))
         else:
-            found.append((float("inf"), 0.0, 0.0))
+            found.append(Quality(math.inf, 0.0, 0.0))
     return found
 
 
@@ -39,23 +51,30 @@ def draws_for_rhat(num_quantities: int, num_chains: int) -> float:
     return halves * largest / (MAX_RHAT**2 - 1.0) / num_chains
 
 
-def is_good(quality: tuple[float, float, float], target_ess: float) -> bool:
-    """Whether R-hat and both effective sample sizes are where they should be."""
-    rhat, bulk, tail = quality
-    return rhat < MAX_RHAT and bulk >= target_ess and tail >= target_ess
+def is_good(quality: Quality, target_ess: float) -> bool:
+    """Whether R-hat, nested or not, and both effective sample sizes are where they should be.
+
+    Split R-hat of superchains joined end to end sees what differs between starting points and drifts from one
+    half of their chains to the other; nested R-hat gives the means of whole superchains their full weight.
+    """
+    rhat, bulk, tail, nested = quality
+    # NaN: one superchain, or none.
+    return rhat < MAX_RHAT and not nested >= MAX_RHAT and bulk >= target_ess and tail >= target_ess
 
 
 def chain_verdict(
-    quality: tuple[float, float, float],
+    quality: Quality,
     divergences: int,
     total: int,
     target_ess: float,
     monitor: Sequence[str] = (),
 ) -> tuple[bool, str]:
     """Certified or not, and why, for chains of ``total`` draws in all; ``monitor`` names what is judged."""
-    rhat, bulk, tail = quality
+    rhat, bulk, tail, nested = quality
+    of_superchains = "" if math.isnan(nested) else f"nested R-hat {nested:.3f}, "
     judged = f" of {', '.join(monitor)}" if monitor else ""
-    text = f"R-hat {rhat:.3f}, ESS bulk {bulk:.0f} and tail {tail:.0f}{judged} over {total} draws"
+    sizes = f"ESS bulk {bulk:.0f} and tail {tail:.0f}{judged} over {total} draws"
+    text = f"R-hat {rhat:.3f}, {of_superchains}{sizes}"
     if not is_good(quality, target_ess):
         return False, f"{text}: wanted R-hat below {MAX_RHAT} and ESS of at least {target_ess:.0f}"
     if divergences > MAX_DIVERGENT * total:
