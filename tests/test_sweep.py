@@ -342,7 +342,7 @@ def test_progress_is_told_of_one_thing_at_a_time():
         overlapped.append(len(inside) > 1)
         inside.pop()
 
-    given = dict.fromkeys(("device", "guide", "schedule", "keep", "dims", "coords", "out"))
+    given = dict.fromkeys(("device", "guide", "schedule", "monitor", "keep", "dims", "coords", "out"))
     numbers: Any = {"engine": "auto", "seed": 0, "num_chains": 4, "num_draws": 10, "target_ess": 5.0}
     report = Options(**numbers, **given, progress=progress).reporter()
     threads = [threading.Thread(target=report, args=({"stage": str(i)},)) for i in range(8)]
