@@ -258,10 +258,12 @@ class _Chains:
         raise AssertionError
 
     def _advance(self, until: int) -> None:
-        """Every chain on to so many draws, several at once: each has its own state and noise."""
+        """Every chain on to so many draws, long ones side by side: each has its own state and noise."""
         stop = threading.Event()
         jobs = [partial(self._advance_one, c, until, stop) for c in range(len(self.states))]
-        for twin in run_all(jobs, on_error=stop.set):
+        # Operations on short arrays hold the interpreter: two threads would be slower than one.
+        is_long = self.kernel.native is not None
+        for twin in run_all(jobs, on_error=stop.set) if is_long else [job() for job in jobs]:
             self.kernel.count(twin)
         self.num = until
 
@@ -357,7 +359,8 @@ def _evidence(
             own.append(state.rest.sum(1))
         return np.stack(own[10:], 1)
 
-    half = np.concatenate(run_all([partial(between, c) for c in range(len(chains.states))]))
+    jobs = [partial(between, c) for c in range(len(chains.states))]
+    half = np.concatenate([job() for job in jobs] if middle.native is None else run_all(jobs))
     mean2, error2 = float(half.mean()), _error_of_mean(half)
     corrected = (mean0 + 2 * mean2 + mean1) / 4 + (var0 - var1) / 48
     simpson = (mean0 + 4 * mean2 + mean1) / 6
