@@ -107,7 +107,7 @@ def cosine_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
     num = v.shape[-1]
     turn = _half_turn(num, num, v).square()
     turn = torch.cat([torch.zeros_like(turn[..., :1]), turn[..., 1:]], -1)
-    return v.sum(-1, keepdim=True) / num + torch.fft.ifft(v * turn).real
+    return v.sum(-1, keepdim=True) / num + _inverse(v * turn)
 
 
 def cosine_step_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K-1"]:
@@ -117,7 +117,12 @@ def cosine_step_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K
     """
     num = v.shape[-1]
     weighted = v * path_eigenvalues(num, v)
-    return weighted.sum(-1, keepdim=True) / num - torch.fft.ifft(weighted).real[..., 1:]
+    return weighted.sum(-1, keepdim=True) / num - _inverse(weighted)[..., 1:]
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """Real part of the inverse Fourier transform; MKL refuses a batch of none, as along an axis of one copy."""
+    return torch.fft.ifft(x).real if x.numel() else x.real
 
 
 def path_eigenvalues(num: int, like: Tensor) -> Float[Tensor, " {num}"]:
