@@ -121,7 +121,7 @@ def cosine_step_squares(v: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """Real part of the inverse Fourier transform; MKL refuses a batch of none, as along an axis of one copy."""
+    """Real part of the inverse Fourier transform; MKL refuses batches of none (an axis of one copy)."""
     return torch.fft.ifft(x).real if x.numel() else x.real
 
 
