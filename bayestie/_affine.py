@@ -23,7 +23,7 @@ from bayestie._linear_map import Gram, LinearMap
 from bayestie._noise_axes import NoiseAxes, find_noise_axes
 from bayestie._program import LaneProgram
 from bayestie._quadratic import Quadratic
-from bayestie._workers import in_worker, run_all, scratch
+from bayestie._workers import WORTH_A_THREAD, in_worker, run_all, scratch
 
 # Predictors worked on at once on a CPU: what its cache holds. A GPU takes MAX_ELEMENTS.
 _CACHED_ELEMENTS = 1 << 18
@@ -204,9 +204,14 @@ class AffineDensity:
         """Only the likelihoods are skew, each along its predictors."""
         return self.quadratic is not None and self.latent_scale is None
 
-    def _run(self, jobs: list[Callable[[], None]]) -> None:
+    def _is_much(self, position: Tensor) -> bool:
+        lanes = position.numel() // max(1, self.num_latent)
+        return lanes * (self.num_latent + sum(f.size for f in self.families)) >= WORTH_A_THREAD
+
+    def _run(self, jobs: list[Callable[[], None]], is_much: bool = True) -> None:
+        """Pieces of work, on all cores where there is much of it."""
         with torch.no_grad(), contextlib.nullcontext() if in_worker() else self.program.quiet():
-            if self.is_threadable:
+            if self.is_threadable and is_much:
                 run_all(jobs)
             else:
                 for job in jobs:
@@ -219,7 +224,7 @@ class AffineDensity:
         def job(here: _Selection, some: slice, draws: slice) -> None:
             out[some, draws] = self._value(here, position[some, draws])
 
-        self._run([partial(job, *piece) for piece in self._jobs(points, position)])
+        self._run([partial(job, *piece) for piece in self._jobs(points, position)], self._is_much(position))
         return out
 
     def _value(self, here: _Selection, position: Tensor) -> Tensor:
@@ -237,7 +242,7 @@ class AffineDensity:
         def job(here: _Selection, some: slice, draws: slice) -> None:
             value[some, draws], grad[some, draws] = self._value_and_grad(here, position[some, draws])
 
-        self._run([partial(job, *piece) for piece in self._jobs(points, position)])
+        self._run([partial(job, *piece) for piece in self._jobs(points, position)], self._is_much(position))
         return value, grad
 
     def _value_and_grad(self, here: _Selection, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _here = threading.local()
+WORTH_A_THREAD = 200_000  # numbers: handing a job to another thread takes as long as some 50,000
 
 
 def run_all(jobs: Sequence[Callable[[], Any]], on_error: Callable[[], None] | None = None) -> list[Any]:

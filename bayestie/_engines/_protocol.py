@@ -14,7 +14,7 @@ from bayestie._density import Density
 from bayestie._engines._whitened import Whitened
 from bayestie._program import LaneProgram
 from bayestie._sparse_density import SparseDensity
-from bayestie._workers import run_all
+from bayestie._workers import WORTH_A_THREAD, run_all
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class Task:
         def fill(key: tuple[int, ...], out: np.ndarray) -> None:
             self.generator(*key).standard_normal(out=out)
 
-        run_all([partial(fill, key, out) for key, out in zip(keys, noise.numpy(), strict=True)])
+        jobs = [partial(fill, key, out) for key, out in zip(keys, noise.numpy(), strict=True)]
+        if noise.numel() >= WORTH_A_THREAD:
+            run_all(jobs)
+        else:
+            for job in jobs:
+                job()
         return noise.to(dtype=self.program.dtype, device=self.program.device)
 
 
