@@ -374,6 +374,7 @@ class _Sampler:
         value, grad = self.task.density.value_and_grad(self.points, u)
         c = found.from_latent(u)
         _, scale = fisher_divergence(c, found.pull_back(c, value, grad)[1])
+        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
         fit = replace(at.fit, mode=c.mean(1), factor=torch.diag_embed(scale), log_det=scale.log().sum(1))
         self.at = replace(at, fit=fit, scale=torch.ones_like(at.scale), centring=found)
         self.z = (found.from_latent(last) - fit.mode.unsqueeze(1)) / scale.unsqueeze(1)
