@@ -53,10 +53,12 @@ def describe_lane(
         base, site = base_distribution(msg["fn"]), msg["name"]
         if program.observed_families[site] is None:
             return
-        for name in type(base).arg_constraints:
+        for name, constraint in type(base).arg_constraints.items():
             value = base.__dict__.get(name)
             if isinstance(value, Tensor):
-                parameters[f"parameter/{site}/{name}"] = value.expand(program.observed[site].shape)
+                # Of a Categorical, an observation has a vector of logits.
+                own = value.shape[value.dim() - constraint.event_dim :]
+                parameters[f"parameter/{site}/{name}"] = value.expand(*program.observed[site].shape, *own)
 
     if observed:
         lane = program.run_lane(position, inputs, on_observed=see)

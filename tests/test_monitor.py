@@ -98,3 +98,25 @@ def test_a_name_that_no_site_has_is_refused():
 def test_what_is_no_list_of_names_is_refused(wrong):
     with pytest.raises(OptionError, match="monitor"):
         bt.fit(folded, torch.tensor(1.0), monitor=wrong)
+
+
+def test_a_classifier_without_evidence_has_a_whole_tree_and_a_report(tmp_path):
+    # A vector of logits for every observation; no engine gives the evidence.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 55, generator=generator, dtype=torch.float64)
+
+    def classes(x, label, *, sigma):
+        weight = bt.tied("weight", bt.Tie.complete(5), sigma, 0.0, event_shape=(55,))
+        logits = pyro.deterministic("logits", torch.tanh(x @ weight.mT))
+        with pyro.plate("row", len(x)):
+            pyro.sample("label", dist.Categorical(logits=3.0 * logits), obs=label)
+
+    label = torch.randint(0, 5, (40,), generator=generator)
+    path = bt.sweep(
+        classes, x, label, over={"sigma": [0.1, 1.0]}, seed=0, num_draws=50, target_ess=50, monitor=["logits"]
+    )
+    assert path["log_likelihood"]["label"].shape == (2, 4, 50, 40)
+    drawn = np.asarray(path["posterior_predictive"]["label"])
+    assert drawn.shape[3:] == (40,) and set(np.unique(drawn)) <= {0, 1, 2, 3, 4}
+    assert bool(np.isnan(path["sweep"].log_evidence).all())
+    assert bt.report(path, tmp_path / "classes.html").stat().st_size > 10_000

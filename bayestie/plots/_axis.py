@@ -174,7 +174,12 @@ def best_point(tree: xr.DataTree) -> dict[str, float]:
 
 
 def best_index(values: np.ndarray, spread: np.ndarray) -> int:
-    """Where the highest value stands, or the first that its and their own spread cannot tell from it."""
+    """Where the highest value stands, or the first that its and their own spread cannot tell from it.
+
+    The first of all where none is known.
+    """
+    if not np.isfinite(values).any():
+        return 0
     finite = np.where(np.isfinite(values), values, -np.inf)
     best = int(np.argmax(finite))
     known = np.where(np.isfinite(spread), spread, 0.0)
