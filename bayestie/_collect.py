@@ -58,7 +58,7 @@ def describe_lane(
             if isinstance(value, Tensor):
                 # Of a Categorical, an observation has a vector of logits.
                 own = value.shape[value.dim() - constraint.event_dim :]
-                parameters[f"parameter/{site}/{name}"] = value.expand(*program.observed[site].shape, *own)
+                parameters[f"parameter/{site}/{name}"] = value.expand((*program.observed[site].shape, *own))
 
     if observed:
         lane = program.run_lane(position, inputs, on_observed=see)
