@@ -57,6 +57,18 @@ class Tiers:
         self.buy_at: dict[Any, float] = {}  # calls after which compiling would have cost less
         self.trace_failure: str | None = None  # why there are no graphs, if there are none
         self.compile_failure: str | None = None
+        self.before: Tiers | None = None  # whose graphs are taken over where they would be made
+
+    def again(self) -> "Tiers":
+        """Anew, but for graphs that were made before: calls are answered as they were the first time."""
+        fresh = Tiers(self.quiet, self.dtype, self.device)
+        fresh.before = self
+        if self.before is not None:  # what this one did not come to
+            for name in ("traced", "compiled", "buy_at"):
+                setattr(self, name, getattr(self.before, name) | getattr(self, name))
+            self.compile_failure = self.compile_failure or self.before.compile_failure
+            self.before = None
+        return fresh
 
     @property
     def highest(self) -> str:
@@ -93,6 +105,9 @@ class Tiers:
         return run
 
     def _trace(self, key: Any, eager: Batched, arguments: Sequence[Tensor]) -> Batched | None:
+        if self.before is not None and key in self.before.traced:
+            self.traced[key], self.buy_at[key] = self.before.traced[key], self.before.buy_at[key]
+            return self.traced[key]
         try:
             with self.quiet():
                 graph = make_fx(eager, _allow_non_fake_inputs=True)(*arguments)
@@ -112,6 +127,12 @@ class Tiers:
         return traced
 
     def _compile(self, key: Any, traced: Batched, arguments: Sequence[Tensor]) -> Batched:
+        if self.before is not None and key in self.before.compiled:
+            self.compiled[key] = self.before.compiled[key]
+            return self.compiled[key]
+        if self.before is not None and self.before.compile_failure is not None:
+            self.compile_failure = self.before.compile_failure
+            return traced
         try:
             compiled = _fused(traced, arguments)
             disagreement = _disagreement(compiled(*arguments), traced(*arguments))
