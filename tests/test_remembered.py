@@ -1,5 +1,7 @@
 """What is kept of a model for the next call: the same answers, and never those of another model."""
 
+from typing import Any
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -11,8 +13,8 @@ from bayestie import _remembered, _tiers
 
 GROUP = torch.arange(6).repeat_interleave(5)
 Y = torch.sin(torch.arange(30.0, dtype=torch.float64)) + 0.3 * GROUP
-OVER = {"sigma": [0.3, 1.0]}
-SHORT = {"num_draws": 120}
+OVER: dict[str, Any] = {"sigma": [0.3, 1.0]}
+SHORT: dict[str, Any] = {"num_draws": 120}
 
 
 @pytest.fixture(autouse=True)
