@@ -29,6 +29,7 @@ _BURN_IN = 30
 _MAX_DOUBLINGS = 5
 _BATCH = 10
 _SHORT_CHAINS = 8  # side by side for each chain that is kept
+_REPORTED = 16  # draws of a chain between reports of progress
 _DIAGNOSED = 6_000_000  # numbers that are ranked between doublings
 
 
@@ -227,6 +228,7 @@ class _Chains:
         self.totals: list[list[np.ndarray]] = [[] for _ in chains]
         self.steps = [np.empty((self.kept, self.short, size)) for _ in chains]
         self.stride = 1
+        self.done = [0] * task.num_chains  # draws of each short chain
 
     def _worst(self, size: int) -> np.ndarray:
         """Quantities to watch: all, or those in blocks that move least and some at random."""
@@ -281,7 +283,15 @@ class _Chains:
             self.totals[c].append(state.rest.sum(1))
             if (number + 1) % self.stride == 0:
                 self.steps[c][(number + 1) // self.stride - 1] = state.step
+            self.done[c] = number + 1
+            if (number + 1) % _REPORTED == 0:
+                self._report(until)
         return kernel
+
+    def _report(self, until: int) -> None:
+        done, total = self.short * sum(self.done), self.short * until * len(self.done)
+        message = f"strength {self.point + 1} of {self.task.num_points}"
+        self.task.progress({"stage": "blocks", "message": message, "draws_done": done, "draws_total": total})
 
     def _verdict(self) -> tuple[bool, str, tuple[float, float, float]]:
         total = self.num * self.task.num_chains * self.short
@@ -330,7 +340,7 @@ class _Chains:
         out: dict[str, Any] = {"rows": np.stack(rows), "log_density": lp}
         if self.carried is not None:
             out["whitened"] = _whitened(target, np.concatenate(carried), rest, self.rngs[0])
-        if self.streamed.histogram is not None:
+        if self.streamed.histogram.size:
             out["stream"] = self.streamed
         return out
 

@@ -1,7 +1,7 @@
 """Moments, quantiles and Monte Carlo errors of many quantities over draws that are not kept."""
 
 import math
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 96
 _MAX_BATCHES = 40  # per chain
 _REACH = 6.0  # histogram from -6 to 6 sd about the centre
+_PER_SCALE = _BINS / (2 * _REACH)
+_WORTH_COMPILING = 5_000  # quantities: fewer are added up by numpy, whose arrays then stay in the cache
+_TOGETHER = 65_536  # quantities whose quantiles are read off together
 
 
 @dataclass
@@ -69,8 +72,9 @@ class Streamed:
         self.total = np.zeros_like(self.squares)
         self.seen = np.zeros(len(self.total), dtype=int)
         self._spare = np.empty_like(self.total)
-        self.histogram = np.zeros((_BINS, self.size), np.uint16) if histogram else None
-        self._counting = threading.Lock()
+        self.histogram = np.zeros((len(self.total), self.size, _BINS if histogram else 0), np.uint16)
+        self._compiled = _compiled() if self.size >= _WORTH_COMPILING else None
+        self._tails = np.stack([self.low, self.high])
 
     @property
     def num(self) -> int:
@@ -84,13 +88,12 @@ class Streamed:
         """
         group = chains.start // self.joined
         own = self.running[chains]
-        own[:, 0] += step
-        own[:, 1] += step <= self.low
-        own[:, 2] += step >= self.high
-        total, squares, spare = self.total[group], self.squares[group], self._spare[group]
-        for one in step:
-            total += one
-            squares += np.multiply(one, one, out=spare)
+        if self._compiled is not None:
+            binned = (self.scale, _REACH, _PER_SCALE)
+            sums = (own, self.total[group], self.squares[group])
+            self._compiled(np.ascontiguousarray(step), self._tails, *sums, binned, self.histogram[group])
+        else:
+            self._add(group, own, step)
         self.seen[group] += len(step)
         self.count[chains] += 1
         length = self.length[chains.start]
@@ -105,12 +108,18 @@ class Streamed:
                     self.length[chain] *= 2
             own[:] = 0.0
             self.count[chains] = 0
-        if self.histogram is not None:
-            for one in step:
-                place = (one / self.scale + _REACH) * (_BINS / (2 * _REACH))
-                place = np.clip(place, 0, _BINS - 1).astype(np.int64)
-                with self._counting:
-                    self.histogram[place, np.arange(self.size)] += 1
+
+    def _add(self, group: int, own: np.ndarray, step: np.ndarray) -> None:
+        own[:, 0] += step
+        own[:, 1] += step <= self.low
+        own[:, 2] += step >= self.high
+        total, squares, spare = self.total[group], self.squares[group], self._spare[group]
+        for one in step:
+            total += one
+            squares += np.multiply(one, one, out=spare)
+            if self.histogram.shape[2]:
+                place = np.clip((one / self.scale + _REACH) * _PER_SCALE, 0, _BINS - 1).astype(np.int64)
+                self.histogram[group, np.arange(self.size), place] += 1
 
     def quality(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Split R-hat, bulk and tail effective sample size from batch means, (n,) each.
@@ -154,22 +163,29 @@ class Streamed:
 
     def summary(self) -> Summary:
         """Over all draws seen; quantiles are interpolated in bins of an eighth of an sd."""
-        assert self.histogram is not None
         _, bulk, tail = self.quality()
         sd = np.sqrt(self.variance() * self.num / max(self.num - 1, 1))
-        cumulative = np.cumsum(self.histogram, 0, dtype=np.float64) / self.num
-        width = 2 * _REACH / _BINS
-        found = []
+        starts = range(0, self.size, _TOGETHER)
+        found = np.concatenate([self._quantiles(slice(i, i + _TOGETHER)) for i in starts], 1)
+        return summarised(self.mean(), sd, found, np.minimum(bulk, self.num), np.minimum(tail, self.num))
+
+    def _quantiles(self, some: slice) -> np.ndarray:
+        """`QUANTILES` (q, n) of some of the quantities, interpolated in their bins."""
+        cumulative = np.cumsum(self.histogram[:, some].sum(0, dtype=np.int64).T, 0) / self.num
+        column, found = np.arange(cumulative.shape[1]), []
         for q in QUANTILES:
-            place = (cumulative < q).sum(0)
-            place = np.minimum(place, _BINS - 1)
-            column = np.arange(self.size)
+            place = np.minimum((cumulative < q).sum(0), _BINS - 1)
             before = np.where(place > 0, cumulative[np.maximum(place - 1, 0), column], 0.0)
             inside = np.maximum(cumulative[place, column] - before, 1e-12)
-            found.append(self.centre + self.scale * (width * (place + (q - before) / inside) - _REACH))
-        return summarised(
-            self.mean(), sd, np.stack(found), np.minimum(bulk, self.num), np.minimum(tail, self.num)
-        )
+            at = (place + (q - before) / inside) / _PER_SCALE - _REACH
+            found.append(self.centre[some] + self.scale[some] * at)
+        return np.stack(found)
+
+
+def _compiled() -> Callable[..., None]:
+    from bayestie._engines._streamed_kernels import add  # the compiler takes half a second to import
+
+    return add
 
 
 def summarised(
