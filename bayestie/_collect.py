@@ -1,7 +1,7 @@
 """Draws of a lane program -> named arrays: sites, log likelihood, log prior, tie energies, predictions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +89,18 @@ def describe_lane(
 
 def quantities(program: LaneProgram, points: Tensor, position: Tensor, names: Sequence[str] = ()) -> Tensor:
     """Posterior variables, all or those ``names``, of draws (P, chains, draws, D) as columns (..., Q)."""
-    lead, wanted = position.shape[:-1], {f"posterior/{name}" for name in names}
-    arrays = _vectorised(
-        program, points, position, lambda key: key in wanted if wanted else key.startswith("posterior/")
-    )
-    columns = [x.reshape(*lead, -1) for x in arrays.values() if x.is_floating_point()]
-    return torch.cat(columns, -1)
+    chosen = {f"posterior/{name}" for name in names}
+
+    def wanted(key: str) -> bool:
+        return key in chosen if chosen else key.startswith("posterior/")
+
+    lead, out = position.shape[:-1], position.new_empty(0)
+    for part, values in _parts(program, points, position, wanted):
+        columns = [x.reshape(len(x), -1) for x in values.values() if x.is_floating_point()]
+        if not len(out):
+            out = columns[0].new_empty(math.prod(lead), sum(x.shape[1] for x in columns))
+        torch.cat(columns, 1, out=out[part])
+    return out.reshape(*lead, out.shape[-1])
 
 
 def collect(
@@ -113,6 +119,19 @@ def collect(
 def _vectorised(
     program: LaneProgram, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
 ) -> dict[str, Tensor]:
+    lead, arrays = position.shape[:-1], dict[str, Tensor]()
+    for part, values in _parts(program, points, position, wanted):
+        for key, value in values.items():
+            if key not in arrays:
+                arrays[key] = value.new_empty((math.prod(lead), *value.shape[1:]))
+            arrays[key][part] = value
+    return {key: x.reshape(*lead, *x.shape[1:]) for key, x in arrays.items()}
+
+
+def _parts(
+    program: LaneProgram, points: Tensor, position: Tensor, wanted: Callable[[str], bool]
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """What is wanted of so many draws at a time as lanes, by group/name."""
     lead = position.shape[:-1]
     flat = position.reshape(-1, position.shape[-1])
     index = points.repeat_interleave(math.prod(lead[1:]))
@@ -121,17 +140,12 @@ def _vectorised(
     if observed:
         rows += sum(v.numel() for v in program.observed_values.values())
     chunk = max(1, min(len(flat), ELEMENTS // max(1, rows)))
-    arrays: dict[str, Tensor] = {}
     for start in range(0, len(flat), chunk):
         part = slice(start, min(start + chunk, len(flat)))
         inputs = program.point_inputs(index[part])
         with torch.no_grad(), program.quiet():
             values = _lanes(program, flat[part], inputs, wanted, observed)
-        for key, value in values.items():
-            if key not in arrays:
-                arrays[key] = value.new_empty((len(flat), *value.shape[1:]))
-            arrays[key][part] = value
-    return {key: x.reshape(*lead, *x.shape[1:]) for key, x in arrays.items()}
+        yield part, values
 
 
 def _observed_keys(program: LaneProgram) -> list[str]:

@@ -30,7 +30,8 @@ class NoiseAxes:
             + sum_i y_i (from_prior + lambda from_data)_i - y_i^2 (1 + lambda eigenvalues)_i / 2
 
     Shapes: centre, eigenvalues, from_data, from_prior (P, D - 1); to_latent and to_axes (P, D - 1, D - 1),
-    inverse to one another; log_det (P,) of the former; constant and least (P,).
+    inverse to one another; log_det (P,) of the former; constant and least (P,). ``mode`` is what
+    `noise_mode` has found, if it is known.
     """
 
     scale: LatentScale
@@ -44,12 +45,14 @@ class NoiseAxes:
     from_prior: Tensor
     least: Tensor
     constant: Tensor
+    mode: tuple[Tensor, Tensor, Tensor] | None = None
 
     def take(self, points: Tensor) -> "NoiseAxes":
         """Some of the points."""
         names = ("centre", "to_latent", "to_axes", "log_det", "eigenvalues", "from_data", "from_prior")
         kept = {name: getattr(self, name)[points] for name in (*names, "least", "constant")}
-        return replace(self, scale=self.scale.take(points), **kept)
+        mode = None if self.mode is None else tuple(x[points] for x in self.mode)
+        return replace(self, scale=self.scale.take(points), mode=mode, **kept)
 
     def pull(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Linear coefficients and precisions of the y at h (P, n): (P, n, D - 1) each."""
@@ -78,6 +81,8 @@ class NoiseAxes:
         The joint density may have no mode at all: where every residual can vanish, it grows without bound as
         the noise goes to 0, however little mass there is. The second derivative is NaN where none was found.
         """
+        if self.mode is not None:
+            return self.mode
         # Residuals about the prior's own mean: the noise is hardly larger.
         about = self.least - 2.0 * (self.from_data * self.from_prior).sum(-1)
         about = about + (self.eigenvalues * self.from_prior.square()).sum(-1)
@@ -150,7 +155,8 @@ def find_noise_axes(scale: LatentScale, quadratic: Quadratic) -> NoiseAxes | Non
     # Sums of squares keep their digits about a centre near their least: first that of the data alone, then
     # the posterior's that is found from there.
     first = _about(axes, quadratic, scale.squares.centre)
-    return _about(first, quadratic, first.gaussian()[0])
+    axes = _about(first, quadratic, first.gaussian()[0])
+    return replace(axes, mode=axes.noise_mode())
 
 
 def _about(axes: NoiseAxes, quadratic: Quadratic, centre: Tensor) -> NoiseAxes:

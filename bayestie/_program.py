@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils._pytree import tree_flatten
 
 from bayestie._enumerated import enumerated_log_prob
 from bayestie._errors import BayestieError, KeywordError, NoLatentError
@@ -50,6 +51,8 @@ class LaneProgram:
         data: arguments that differ from point to point, (num_points, *argument shape), by name.
         device: where to run.
         dtype: working precision, float64 unless asked otherwise.
+        validated: the program of an earlier call. If its model, arguments and points are these, its validated
+            runs stand for those between the first and the last point.
 
     Raises:
         ModelError: (and its kinds) a model that cannot be run as lanes, naming the site.
@@ -69,6 +72,7 @@ class LaneProgram:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
+        validated: "LaneProgram | None" = None,
     ):
         self.device = torch.device("cpu") if device is None else device
         self.dtype = dtype
@@ -84,13 +88,13 @@ class LaneProgram:
         self.argument_names = argument_names(model, self.args)
         self.seed = seed
         self.tie_strengths: dict[str, list[Any]] = {}  # tied site -> its sigma at every point, as first run
-        self._first_runs()
+        self._first_runs(validated)
         self.tiers = Tiers(self.quiet, self.dtype, self.device)
         self.loop_reason: str | None = None  # why lanes run one after another, if they do
 
     # -- the validated run ---------------------------------------------------------------------------
 
-    def _first_runs(self) -> None:
+    def _first_runs(self, validated: "LaneProgram | None") -> None:
         # Every strength is run: an impossible one must be refused before any work is done. Hundreds of
         # data sets are not: a spread of them stands for all.
         chosen = (
@@ -99,6 +103,11 @@ class LaneProgram:
             else range(0, self.num_points, self.num_points // 50)
         )
         self.params = to_tensors(pyro.get_param_store().get_state(), self.dtype, self.device)
+        if validated is not None and self.has_inputs_of(validated):
+            chosen = sorted({0, self.num_points - 1})
+            self.tie_strengths = dict(validated.tie_strengths)
+        else:
+            validated = None
         self.minibatches: dict[str, tuple[int, int]] = {}
         with self._validated(), every_row(self.minibatches):
             for point in chosen:
@@ -106,7 +115,7 @@ class LaneProgram:
                 if point == 0:
                     self._read_sites(first.messages)
                     self.fills = first.fills
-                for name, site in first.messages.items():
+                for name, site in first.messages.items() if validated is None else ():
                     if "bayestie" in site["infer"]:
                         self.tie_strengths.setdefault(name, []).append(site["infer"]["bayestie"]["sigma"])
         # pyro.param statements keep the values they have now: constants of the density.
@@ -121,6 +130,15 @@ class LaneProgram:
             pyro.get_param_store().scope(self.params),
         ):
             yield
+
+    def has_inputs_of(self, other: "LaneProgram") -> bool:
+        """Whether model, arguments, parameters and points are the same, device and precision too."""
+        if self.model is not other.model or (self.dtype, self.device) != (other.dtype, other.device):
+            return False
+        ours, theirs = (
+            tree_flatten((p.args, p.kwargs, p.params, p.points.key(), p.points.flat())) for p in (self, other)
+        )
+        return ours[1] == theirs[1] and all(map(_is_equal, ours[0], theirs[0]))
 
     def _first_run(self, inputs: LaneInputs, rows: Mapping[str, Tensor]) -> FirstRun:
         args, kwargs = self._arguments(inputs)
@@ -364,6 +382,14 @@ class LaneProgram:
     def point(self, index: int) -> LaneInputs:
         """The inputs of one point, without a lane axis."""
         return self.points.unflatten([x[index] for x in self.points.flat()])
+
+
+def _is_equal(ours: Any, theirs: Any) -> bool:
+    if ours is theirs:
+        return True
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return isinstance(ours, bool | int | float | str) and type(ours) is type(theirs) and ours == theirs
 
 
 def _is_numerical(error: Exception) -> bool:

@@ -6,12 +6,13 @@ density, at positions kept for that, is the same to the last bit.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from bayestie._affine import AffineDensity
 from bayestie._build_density import build_density
@@ -20,31 +21,51 @@ from bayestie._program import LaneProgram
 
 _MOST = 2  # models
 _NUMBERS = 20_000_000  # of a density's matrices and of its data: more are not held on to
+_POINTS = 32  # at most, that the log joint is compared at
 _REACH = (0.5, 3.0)  # standard deviations of the positions that the log joint is compared at
 
 
 @dataclass
-class _Known:
+class Known:
+    """A program, its density if that is an affine one, and the log joint density at some positions."""
+
     program: LaneProgram
     affine: AffineDensity | None
     position: Tensor
     log_joint: Tensor
 
 
-_known: OrderedDict[int, _Known] = OrderedDict()  # by id of the model, which its program keeps alive
+_known: OrderedDict[int, Known] = OrderedDict()  # by id of the model, which its program keeps alive
 
 
-def density_of(program: LaneProgram) -> Density:
-    """The cheapest exact density of a program: known from the last calls, or `build_density`'s.
+def program_of(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    swept: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    seed: int,
+) -> tuple[LaneProgram, Known | None]:
+    """The lane program of a call, and what is known of it from the last calls."""
+    before = _known.get(id(model))
+    validated = None if before is None else before.program
+    program = LaneProgram(model, args, kwargs, swept, device=device, seed=seed, validated=validated)
+    if before is None or _is_same(program, before):
+        return program, before
+    return LaneProgram(model, args, kwargs, swept, device=device, seed=seed), None
+
+
+def density_of(program: LaneProgram, known: Known | None = None) -> Density:
+    """The cheapest exact density of a program: the one known, or `build_density`'s.
 
     The program's graphs, too, are those made before; which of them a call uses is decided anew.
     """
     key = id(program.model)
-    before = _known.get(key)
-    if before is not None and _is_same(program, before):
+    if known is not None:
         _known.move_to_end(key)
-        before.program.tiers = program.tiers = before.program.tiers.again()
-        return ProgramDensity(program) if before.affine is None else before.affine
+        known.program.tiers = program.tiers = known.program.tiers.again()
+        return ProgramDensity(program) if known.affine is None else known.affine
     density = build_density(program)
     affine = density if isinstance(density, AffineDensity) else None
     _known.pop(key, None)
@@ -52,7 +73,7 @@ def density_of(program: LaneProgram) -> Density:
         position = _positions(program)
         log_joint = _log_joint(program, position)
         if log_joint is not None:
-            _known[key] = _Known(program, affine, position, log_joint)
+            _known[key] = Known(program, affine, position, log_joint)
             if len(_known) > _MOST:
                 _known.popitem(last=False)
     return density
@@ -67,37 +88,24 @@ def _size(program: LaneProgram, affine: AffineDensity | None) -> int:
 
 
 def _tensors(program: LaneProgram) -> list[Tensor]:
-    leaves, _ = tree_flatten((program.args, program.kwargs, program.params, program.points.flat()))
-    return [x for x in leaves if isinstance(x, Tensor)]
+    parts = (program.args, program.kwargs, program.params, program.points.flat())
+    return [x for x in tree_leaves(parts) if isinstance(x, Tensor)]
 
 
-def _is_same(program: LaneProgram, before: _Known) -> bool:
+def _is_same(program: LaneProgram, before: Known) -> bool:
     old = before.program
-    if (program.model is not old.model) or (program.dtype, program.device) != (old.dtype, old.device):
-        return False
-    if program.points.key() != old.points.key() or _layout(program) != _layout(old):
-        return False
-    ours, theirs = (
-        tree_flatten((p.args, p.kwargs, p.params, p.points.flat(), p.minibatches)) for p in (program, old)
-    )
-    if ours[1] != theirs[1] or not all(map(_equal, ours[0], theirs[0])):
+    if not program.has_inputs_of(old) or _layout(program) != _layout(old):
         return False
     found = _log_joint(program, before.position)
     return found is not None and torch.equal(found, before.log_joint)
 
 
-def _layout(program: LaneProgram) -> list[tuple[Any, ...]]:
+def _layout(program: LaneProgram) -> list[Any]:
     sites = (program.latent, program.observed, program.deterministic)
     found = [site for part in sites for site in part.values()]
-    return [(site.name, site.shape, site.dims, site.start, site.unconstrained_shape) for site in found]
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    if ours is theirs:
-        return True
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    return isinstance(ours, bool | int | float | str) and type(ours) is type(theirs) and ours == theirs
+    return [program.minibatches] + [
+        (site.name, site.shape, site.dims, site.start, site.unconstrained_shape) for site in found
+    ]
 
 
 def _positions(program: LaneProgram) -> Tensor:
@@ -107,11 +115,12 @@ def _positions(program: LaneProgram) -> Tensor:
 
 
 def _log_joint(program: LaneProgram, position: Tensor) -> Tensor | None:
-    """At every position, of the first and the last point, by the model itself; None where it cannot be."""
-    points = torch.tensor([0, program.num_points - 1], device=program.device)
+    """At every position, of some points, by the model itself; None where it cannot be."""
+    last, num = program.num_points - 1, min(program.num_points, _POINTS)
+    points = torch.linspace(0, last, num, device=program.device).round().long()
     inputs = program.point_inputs(points.repeat_interleave(len(position)))
     try:
         with program.quiet(), torch.no_grad():
-            return program.batched(False, inputs)(position.repeat(2, 1), *inputs.flat())
+            return program.batched(False, inputs)(position.repeat(num, 1), *inputs.flat())
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         return None

@@ -37,7 +37,7 @@ from bayestie._engines import (
 )
 from bayestie._errors import InferenceError, OptionError, first_line
 from bayestie._program import LaneProgram
-from bayestie._remembered import density_of
+from bayestie._remembered import density_of, program_of
 from bayestie._results import save
 from bayestie._run_context import resolve_device
 from bayestie._schedule import checked_schedule, follow
@@ -289,15 +289,14 @@ def _run(
     schedule = None if options.schedule is None else checked_schedule(options.schedule, swept, kwargs)
     grid = list(itertools.product(*swept.values()))
     points = {name: torch.tensor([p[i] for p in grid], dtype=torch.float64) for i, name in enumerate(swept)}
-    program = LaneProgram(
-        model, args, kwargs, points, device=resolve_device(options.device), seed=options.seed
-    )
+    device = resolve_device(options.device)
+    program, known = program_of(model, args, kwargs, points, device=device, seed=options.seed)
     monitor = tuple(options.monitor or ())
     check_monitor(monitor, program)
     sparse, refusal = _sparse_route(program, engine, schedule is not None)
     task = Task(
         program=program,
-        density=density_of(program) if sparse is None else ProgramDensity(program),
+        density=density_of(program, known) if sparse is None else ProgramDensity(program),
         num_points=len(grid),
         num_chains=options.num_chains,
         num_draws=options.num_draws,
@@ -339,7 +338,7 @@ def _run(
             if sparse is None or program.num_latent > MAX_DENSE:
                 raise
             # The sparse factor was a choice for speed at this size: dense curvature serves what it does not.
-            task = replace(task, sparse=None, density=density_of(program), refusal=first_line(error))
+            task = replace(task, sparse=None, density=density_of(program, known), refusal=first_line(error))
             assembly.task, attrs["density_route"] = task, task.density.route
             check_start(task)
             draws, gaussian = run_engine(engine, task, fit)

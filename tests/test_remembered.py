@@ -10,6 +10,7 @@ import torch
 
 import bayestie as bt
 from bayestie import _remembered, _tiers
+from bayestie._errors import StrengthError
 
 GROUP = torch.arange(6).repeat_interleave(5)
 Y = torch.sin(torch.arange(30.0, dtype=torch.float64)) + 0.3 * GROUP
@@ -122,6 +123,44 @@ def test_what_a_model_reads_beside_its_arguments_may_change(make, built):
     after = bt.fit(model, Y, sigma=1.0, engine="laplace", **SHORT)
     assert len(built) == 2
     assert mean_theta(after) < mean_theta(before) - 0.5
+
+
+def test_what_changes_between_the_strengths_is_seen(built):
+    shifts = {0.3: 0.0, 0.6: 0.0, 1.0: 0.0}
+
+    def model(y, *, sigma):
+        # Lanes hold many strengths at once: a table, as a tensor, looks them up.
+        table = torch.tensor(list(shifts.items()), dtype=torch.float64)
+        shift = ((table[:, 0] == sigma).double() * table[:, 1]).sum()
+        theta = bt.tied("theta", bt.Tie.exchangeable(6), sigma, dist.Normal(0.0, 2.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(theta[GROUP] + shift, 1.0), obs=y)
+
+    over = {"sigma": list(shifts)}
+    before = bt.sweep(model, Y, over=over, **SHORT)["posterior"]["theta"]
+    shifts[0.6] = 2.0
+    after = bt.sweep(model, Y, over=over, **SHORT)["posterior"]["theta"]
+    assert len(built) == 2
+    moved = (after.to_numpy() - before.to_numpy()).mean((1, 2, 3))
+    assert moved[1] < -1.0
+    assert np.abs(moved[[0, 2]]).max() < 0.2
+
+
+def test_the_strengths_between_are_not_validated_again():
+    runs, model = [], make_affine()
+
+    def counted(y, *, sigma):
+        runs.append(pyro.settings.get("validate_distributions_pyro"))
+        model(y, sigma=sigma)
+
+    over, validated = bt.strengths(0.1, 1.0, 20), list[int]()
+    for _ in range(2):
+        bt.sweep(counted, Y, over={"sigma": over}, **SHORT)
+        validated.append(sum(runs))
+        runs.clear()
+    assert validated == [20, 2]
+    with pytest.raises(StrengthError):
+        bt.sweep(counted, Y, over={"sigma": [*over[:-2], -1.0, 1.0]}, **SHORT)
 
 
 def test_data_changed_in_place_are_other_data(built):
