@@ -416,9 +416,8 @@ def run_engine(
         return run_svi(task, fit), None
     if engine in ("auto", "nuts") and fit is None and has_no_use_for_a_mode(task):
         return run_nuts(task), None
-    draws, gaussian = run_laplace(
-        task, fit, max_pool=16 if engine == "laplace" else 4 if engine == "auto" else 1
-    )
+    max_pool = {"laplace": 16, "auto": 4}.get(engine, 1)
+    draws, gaussian = run_laplace(task, fit, max_pool=max_pool, evidence_only=engine == "nuts")
     refused = [i for i, ok in enumerate(draws.certified) if engine == "nuts" or not ok]
     if engine == "laplace" or not refused:
         return draws, gaussian

@@ -72,6 +72,35 @@ def test_draws_do_not_depend_on_how_many_are_made_at_once(task, monkeypatch):
     torch.testing.assert_close(proposal.log_density(found[0]), found[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_few_draws_will_do_for_the_evidence_where_they_weigh_the_same(task, spread):
+    class Tilted:
+        """The exact proposal, its density of the second point wrong by a function of a coordinate."""
+
+        def __init__(self, inner: ConditionalProposal, tilt: Tensor):
+            self.inner, self.tilt, self.num_noise = inner, tilt, inner.num_noise
+
+        def take(self, index: Tensor) -> "Tilted":
+            return Tilted(self.inner.take(index), self.tilt[index])
+
+        def propose(self, noise: Tensor) -> tuple[Tensor, ...]:
+            position, log_density, value = self.inner.propose(noise)
+            return position, log_density + self.tilt.unsqueeze(1) * torch.tanh(noise[..., 1]), value
+
+    proposal = Tilted(proposal_of(task), torch.tensor([0.0, spread], dtype=torch.float64))
+    whole, few = (ImportancePool(task, task.points, [None, None], stream=103) for _ in range(2))
+    whole.fill(proposal, 1.0, 1)
+    few.fill(proposal, 1.0, 1, 32)
+    assert whole.size.tolist() == [200, 200]
+    assert few.size.tolist() == [32, 32 if spread == 0.0 else 200]
+    drawn = [pool.draws("laplace", 0.0, 1.0) for pool in (whole, few)]
+    assert drawn[0].position.shape == drawn[1].position.shape
+    apart = (drawn[0].log_evidence - drawn[1].log_evidence).abs()
+    assert float(apart[0]) < 1e-4
+    first = few.first()
+    assert {x.shape for x in first.values()} == {(2, 200)}
+
+
 def test_streams_drawn_together_are_the_streams(task):
     keys = [(3, 1), (3, 2), (9, 1)]
     together = task.normals_of((4, 5), keys)

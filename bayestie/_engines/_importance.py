@@ -18,6 +18,7 @@ from bayestie._psis import good_k, psis
 _CHECKED = 8  # draws of a point whose log density is reckoned twice
 _ROUNDING = 1e-10
 NEARLY_CONSTANT = 0.1  # range of log weights under which all draws weigh alike
+ALIKE = 0.01  # and under which few of them say what all would
 
 
 class Proposal(Protocol):
@@ -75,12 +76,21 @@ class ImportancePool:
         self.khat = number.new_full((count,), torch.inf)
         self.ess = torch.zeros_like(self.khat)
 
-    def fill(self, proposal: Proposal, needed: float, max_pool: int) -> None:
-        """The wanted draws, then more where they would do, up to ``max_pool`` times as many."""
-        self.grow(proposal, torch.arange(len(self.points), device=self.points.device), self.wanted)
+    def fill(self, proposal: Proposal, needed: float, max_pool: int, first: int | None = None) -> None:
+        """The wanted draws, then more where they would do, up to ``max_pool`` times as many.
+
+        Where the ``first`` few, if there is such a number, weigh the same to a hundredth, no more are made.
+        """
+        begun = self.wanted if first is None else min(first, self.wanted)
+        self.grow(proposal, torch.arange(len(self.points), device=self.points.device), begun)
+        alike = torch.stack([w.amax() - w.amin() < ALIKE for w in self.log_weight])
+        going = torch.nonzero(~alike & (self.size < self.wanted)).squeeze(1)
+        if len(going):
+            self.grow(proposal, going, self.wanted - begun)
         limit = max_pool * self.wanted
         for _ in range(4):
             growing = ~self.exact & (self.khat < 0.8) & (self.ess < needed) & (self.size < limit)
+            growing &= self.size >= self.wanted
             if not bool(growing.any()):
                 break
             index = torch.nonzero(growing).squeeze(1)
@@ -168,7 +178,9 @@ class ImportancePool:
             exact = bool(self.exact[i])
             ok, reason = self._verdict(i, exact, needed)
             plain = exact or not (ok or always_resample)
+            # Of a pool that was left short, all draws are alike: they are repeated.
             row = torch.arange(self.wanted, device=self.size.device) if plain else self._resample(i)
+            row = row % len(self.value[i])
             # A draw that stands c times among N weighs c / N. The proposal's own draws are no sample of the
             # posterior: what they are worth is left to the weights.
             kish = self.wanted**2 / float(torch.bincount(row).double().square().sum())
@@ -205,8 +217,9 @@ class ImportancePool:
 
     def first(self) -> dict[str, Tensor]:
         """The first proposal draws at every point as ``Draws.pool`` wants them: (P, wanted) each."""
-        value = torch.stack([x[: self.wanted] for x in self.value])
-        weight = torch.stack([x[: self.wanted] for x in self.log_weight])
+        row = torch.arange(self.wanted, device=self.size.device)
+        value = torch.stack([x[row % len(x)] for x in self.value])
+        weight = torch.stack([x[row % len(x)] for x in self.log_weight])
         value, weight = (torch.where(torch.isfinite(weight), x, -1e300) for x in (value, weight))
         return {"lp": value, "laplace_log_density": value - weight}
 

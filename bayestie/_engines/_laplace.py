@@ -13,6 +13,7 @@ from bayestie._engines._laplace_fit import LaplaceFit, fit_laplace
 from bayestie._engines._protocol import Draws, Task
 
 _PROBE = 64  # Gaussian draws that tell an exact Gaussian posterior from another
+_FEW = 64  # draws that will do where they weigh the same, and are wanted for the evidence alone
 
 
 @dataclass
@@ -61,11 +62,12 @@ class LaplaceProposal:
 
 
 def run_laplace(
-    task: Task, fit: LaplaceFit | None = None, *, max_pool: int = 16
+    task: Task, fit: LaplaceFit | None = None, *, max_pool: int = 16, evidence_only: bool = False
 ) -> tuple[Draws, LaplaceProposal]:
     """Draws at every point, certified where they can be trusted, and the proposal they came from.
 
-    Pools of importance draws grow up to ``max_pool`` times what is stored.
+    Pools of importance draws grow up to ``max_pool`` times what is stored. If draws are wanted for the
+    ``evidence_only``, few are made where they weigh the same, and repeated.
     """
     begin = time.perf_counter()
     points = task.points
@@ -74,7 +76,7 @@ def run_laplace(
     proposal = _corrected(task, fit)
     needed = needed_ess(task)
     pool = ImportancePool(task, points, _doubts(fit), stream=103)
-    pool.fill(proposal, needed, max_pool)
+    pool.fill(proposal, needed, max_pool, _FEW if evidence_only else None)
     draws = pool.draws("laplace", time.perf_counter() - begin, needed)
     draws.pool = pool.first()
     task.progress(
