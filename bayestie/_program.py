@@ -5,6 +5,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from types import MethodType
 from typing import Any
 
 import pyro
@@ -133,7 +134,9 @@ class LaneProgram:
 
     def has_inputs_of(self, other: "LaneProgram") -> bool:
         """Whether model, arguments, parameters and points are the same, device and precision too."""
-        if self.model is not other.model or (self.dtype, self.device) != (other.dtype, other.device):
+        if identity(self.model) != identity(other.model):
+            return False
+        if (self.dtype, self.device) != (other.dtype, other.device):
             return False
         ours, theirs = (
             tree_flatten((p.args, p.kwargs, p.params, p.points.key(), p.points.flat())) for p in (self, other)
@@ -382,6 +385,13 @@ class LaneProgram:
     def point(self, index: int) -> LaneInputs:
         """The inputs of one point, without a lane axis."""
         return self.points.unflatten([x[index] for x in self.points.flat()])
+
+
+def identity(model: Callable[..., Any]) -> tuple[int, int]:
+    """What tells a model from others that are alive: a method is made anew whenever it is named."""
+    if isinstance(model, MethodType):
+        return id(model.__self__), id(model.__func__)
+    return id(model), 0
 
 
 def _is_equal(ours: Any, theirs: Any) -> bool:

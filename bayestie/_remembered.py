@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bayestie._affine import AffineDensity
 from bayestie._build_density import build_density
 from bayestie._density import Density, ProgramDensity
-from bayestie._program import LaneProgram
+from bayestie._program import LaneProgram, identity
 
 _MOST = 2  # models
 _NUMBERS = 20_000_000  # of a density's matrices and of its data: more are not held on to
@@ -35,7 +35,7 @@ class Known:
     log_joint: Tensor
 
 
-_known: OrderedDict[int, Known] = OrderedDict()  # by id of the model, which its program keeps alive
+_known: OrderedDict[tuple[int, int], Known] = OrderedDict()  # by identity of the model, which it keeps alive
 
 
 def program_of(
@@ -48,7 +48,7 @@ def program_of(
     seed: int,
 ) -> tuple[LaneProgram, Known | None]:
     """The lane program of a call, and what is known of it from the last calls."""
-    before = _known.get(id(model))
+    before = _known.get(identity(model))
     validated = None if before is None else before.program
     program = LaneProgram(model, args, kwargs, swept, device=device, seed=seed, validated=validated)
     if before is None or _is_same(program, before):
@@ -61,7 +61,7 @@ def density_of(program: LaneProgram, known: Known | None = None) -> Density:
 
     The program's graphs, too, are those made before; which of them a call uses is decided anew.
     """
-    key = id(program.model)
+    key = identity(program.model)
     if known is not None:
         _known.move_to_end(key)
         known.program.tiers = program.tiers = known.program.tiers.again()

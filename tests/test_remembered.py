@@ -200,6 +200,20 @@ def test_other_strengths_are_worked_out_anew(built):
     assert len(built) == 3
 
 
+def test_a_method_is_the_same_model_of_the_same_object(built):
+    class Study:
+        def __init__(self):
+            self.inner = make_affine()
+
+        def model(self, y, *, sigma):
+            self.inner(y, sigma=sigma)
+
+    first, second = Study(), Study()
+    for study in (first, first, second):
+        bt.fit(study.model, Y, sigma=1.0, **SHORT)
+    assert len(built) == 2
+
+
 def test_few_models_are_kept_and_none_with_much_data(built, monkeypatch):
     models = [make_affine() for _ in range(3)]
     for model in models:
